@@ -1,0 +1,101 @@
+"""KV memory: one tensor of blocks for the whole server, and the free lists that hand its blocks out.
+
+A resident prefix and a row's own text both live in blocks of this tensor, so one gather fetches what a row sees.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from prefix_store.prefix import ModelShape
+
+BLOCK_SIZE = 16  # tokens
+NULL_BLOCK = 0  # always zeros; pads block tables
+
+
+class KVBlocks:
+    """`kv` is `[num_layers, 2, num_blocks, num_kv_heads, block_size * head_dim]`, keys before values.
+
+    Heads come before tokens inside a block, so gathered blocks form `[rows * kv_heads, tokens, head_dim]`,
+    the shape of the batched products, without a transpose.
+    """
+
+    def __init__(self, shape: ModelShape, num_blocks: int, device: torch.device) -> None:
+        self.num_blocks = num_blocks
+        self.num_kv_heads = shape.num_kv_heads
+        self.head_dim = shape.head_dim
+        self.dtype = shape.dtype
+        self.device = device
+        size = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, BLOCK_SIZE * shape.head_dim)
+        self.kv = torch.zeros(size, dtype=shape.dtype, device=device)
+        self._blocks = [layer.view(-1, BLOCK_SIZE * shape.head_dim) for layer in self.kv]
+        self._slots = [layer.view(-1, shape.head_dim) for layer in self.kv]
+
+    def write(self, layer: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store `key` and `value`, each `[num_kv_heads, num_tokens, head_dim]`, at `slot_mapping` (from `slots`)."""
+        self._slots[layer].index_copy_(0, slot_mapping, torch.cat((key, value)).reshape(-1, self.head_dim))
+
+    def gather(self, layer: int, block_index: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of rows' blocks, each `[num_rows * num_kv_heads, tokens, head_dim]`; `block_index` from `blocks`."""
+        size = (2, num_rows * self.num_kv_heads, -1, self.head_dim)
+        gathered = self._blocks[layer].index_select(0, block_index).view(size)
+        return gathered[0], gathered[1]
+
+    def slots(self, block_ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """The `slot_mapping` `[2 * num_kv_heads * num_tokens]` of tokens at `offsets` of `block_ids`, each `[num_tokens]`."""
+        heads = torch.arange(self.num_kv_heads)[:, None]
+        keys = (block_ids * self.num_kv_heads + heads) * BLOCK_SIZE + offsets  # [num_kv_heads, num_tokens]
+        values = keys + self.num_blocks * self.num_kv_heads * BLOCK_SIZE
+        return torch.cat((keys, values)).reshape(-1).to(self.device)
+
+    def blocks(self, block_tables: torch.Tensor) -> torch.Tensor:
+        """The gather index `[2 * rows * num_kv_heads * blocks]` of `block_tables` `[rows, blocks]`."""
+        heads = torch.arange(self.num_kv_heads)[None, :, None]
+        keys = (block_tables[:, None, :] * self.num_kv_heads + heads).reshape(-1)
+        return torch.cat((keys, keys + self.num_blocks * self.num_kv_heads)).to(self.device)
+
+    def clear(self, block_ids: list[int]) -> None:
+        """Zero blocks that may hold values that are not finite: a masked key's weight is 0, and 0 * NaN is NaN."""
+        self.kv[:, :, torch.tensor(block_ids, device=self.device)] = 0
+
+
+class BlockAllocator:
+    """Hands out the block ids `first .. first + num_blocks - 1`. Resident + free = the pool at any time."""
+
+    def __init__(self, first: int, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(first + num_blocks - 1, first - 1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def can_allocate(self, num_blocks: int) -> bool:
+        return num_blocks <= len(self._free)
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        assert self.can_allocate(num_blocks)
+        return [self._free.pop() for _ in range(num_blocks)]
+
+    def release(self, block_ids: list[int]) -> None:
+        self._free.extend(reversed(block_ids))
+        assert len(self._free) <= self.num_blocks, "a block was released twice"
+
+    def free_ids(self) -> frozenset[int]:
+        """For integrity checks: the free ids, which must be distinct."""
+        free = frozenset(self._free)
+        assert len(free) == len(self._free), "a block stands twice in the free list"
+        return free
+
+
+def num_blocks_for(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+def block_bytes(shape: ModelShape) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return shape.num_layers * 2 * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim * shape.dtype.itemsize

@@ -1,0 +1,165 @@
+"""Which prefixes are in device memory, who holds them, and which goes when another needs the room."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from server.engine.errors import PrefixFaultError, PrefixLoadError
+from server.engine.kv_blocks import BlockAllocator, num_blocks_for
+from server.engine.sequence import PrefixRef
+
+FAILED_LOAD_REMEMBERED_S = 10.0
+
+
+@dataclass(eq=False)
+class ResidentPrefix:
+    """A prefix's place in the pool. `ref_count` counts rows, running or waiting, that hold it."""
+
+    ref: PrefixRef
+    block_table: list[int]
+    state: Literal["loading", "ready"] = "loading"
+    ref_count: int = 0
+    started_s: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class ResidencyCounts:
+    num_hits: int = 0
+    num_misses: int = 0
+    num_loads: int = 0
+    num_failed_loads: int = 0
+    num_evictions: int = 0
+
+
+class ResidentPrefixes:
+    """LRU over prefixes that nobody holds. Used from the step's thread only.
+
+    `start_load` is called once for every prefix that has to be loaded, with its blocks already allocated; whoever
+    loads it calls `finish_load` from the step's thread. A load is shared by all who ask meanwhile.
+    """
+
+    def __init__(self, allocator: BlockAllocator, start_load: Callable[[ResidentPrefix], None]) -> None:
+        self._allocator = allocator
+        self._start_load = start_load
+        self._residents: OrderedDict[str, ResidentPrefix] = OrderedDict()  # least recently used first
+        self._pinned: set[str] = set()
+        self._failures: dict[str, tuple[float, str]] = {}  # digest -> (when, why)
+        self.counts = ResidencyCounts()
+
+    def acquire(self, ref: PrefixRef) -> ResidentPrefix | None:
+        """Hold a prefix, loading it if it is cold. None: no room now, ask again. Check `state` before using it.
+
+        Raises PrefixLoadError while a failed load is remembered, PrefixFaultError if it can never fit.
+        """
+        resident = self._residents.get(ref.digest)
+        if resident is None:
+            resident = self._load(ref)
+            if resident is None:
+                return None
+            self.counts.num_misses += 1
+        else:
+            self.counts.num_hits += 1
+        self._residents.move_to_end(ref.digest)
+        resident.ref_count += 1
+        return resident
+
+    def release(self, resident: ResidentPrefix) -> None:
+        assert resident.ref_count > 0
+        resident.ref_count -= 1
+
+    def preload(self, ref: PrefixRef) -> bool:
+        """Start loading a cold prefix if there is room. True: it is resident or on its way."""
+        return ref.digest in self._residents or self._load(ref) is not None
+
+    def pin(self, digest: str) -> None:
+        self._pinned.add(digest)
+
+    def unpin(self, digest: str) -> None:
+        self._pinned.discard(digest)
+
+    def finish_load(self, resident: ResidentPrefix, error: Exception | None) -> None:
+        if error is None:
+            resident.state = "ready"
+            self.counts.num_loads += 1
+            return
+        self.counts.num_failed_loads += 1
+        self._failures[resident.ref.digest] = (time.monotonic(), str(error))
+        del self._residents[resident.ref.digest]
+        self._allocator.release(resident.block_table)
+
+    def evict(self, digest: str) -> bool:
+        """Drop a prefix that nobody holds. False: it is held, loading or not resident."""
+        resident = self._residents.get(digest)
+        if resident is None or resident.ref_count or resident.state == "loading":
+            return False
+        del self._residents[digest]
+        self._allocator.release(resident.block_table)
+        self.counts.num_evictions += 1
+        return True
+
+    def failure(self, digest: str) -> PrefixLoadError | None:
+        """The remembered failure of a load, for 10 s."""
+        found = self._failures.get(digest)
+        if found is None:
+            return None
+        when, why = found
+        if time.monotonic() - when > FAILED_LOAD_REMEMBERED_S:
+            del self._failures[digest]
+            return None
+        return PrefixLoadError(f"prefix {digest[:12]} could not be loaded: {why}")
+
+    def get(self, digest: str) -> ResidentPrefix | None:
+        return self._residents.get(digest)
+
+    @property
+    def num_resident(self) -> int:
+        return len(self._residents)
+
+    @property
+    def num_pinned(self) -> int:
+        return sum(1 for digest, r in self._residents.items() if r.ref_count or digest in self._pinned)
+
+    def check_integrity(self) -> None:
+        """Every block of the pool is free or belongs to exactly one prefix."""
+        used = [block for resident in self._residents.values() for block in resident.block_table]
+        assert len(used) == len(set(used)), "two prefixes share a block"
+        assert not self._allocator.free_ids() & set(used), "a used block is in the free list"
+        assert len(used) == self._allocator.num_used, "a block leaked"
+        assert all(resident.ref_count >= 0 for resident in self._residents.values())
+
+    def _load(self, ref: PrefixRef) -> ResidentPrefix | None:
+        failure = self.failure(ref.digest)
+        if failure is not None:
+            raise failure
+        needed = num_blocks_for(ref.num_virtual_tokens)
+        if needed > self._allocator.num_blocks:
+            raise PrefixFaultError(
+                f"a prefix of {ref.num_virtual_tokens} virtual tokens needs {needed} blocks, "
+                f"the prefix pool has {self._allocator.num_blocks}"
+            )
+        if not self._make_room(needed):
+            return None
+        resident = ResidentPrefix(ref, self._allocator.allocate(needed))
+        self._residents[ref.digest] = resident
+        self._start_load(resident)
+        return resident
+
+    def _make_room(self, num_blocks: int) -> bool:
+        missing = num_blocks - self._allocator.num_free
+        victims: list[str] = []
+        for digest, resident in self._residents.items():
+            if missing <= 0:
+                break
+            if resident.ref_count or resident.state == "loading" or digest in self._pinned:
+                continue
+            victims.append(digest)
+            missing -= len(resident.block_table)
+        if missing > 0:
+            return False
+        for digest in victims:
+            self.evict(digest)
+        return True
