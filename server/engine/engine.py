@@ -1,0 +1,207 @@
+"""The engine: `add`, `abort`, `step`. Synchronous, one thread, no HTTP, no disk."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import torch
+
+from prefix_store.prefix import Prefix
+from server.engine.batch import make_batch, rows_of
+from server.engine.errors import EngineError, GenerationError, PromptTooLongError
+from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, num_blocks_for
+from server.engine.model_runner import ModelRunner
+from server.engine.resident_prefixes import ResidentPrefix, ResidentPrefixes
+from server.engine.sampler import Sample, sample
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence, TokenOutput
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step gave a row: one token, or the error that ended it."""
+
+    sequence: Sequence
+    token: TokenOutput | None = None
+    error: EngineError | None = None
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    `load_prefix` gives a digest's source form; with an `executor` it runs there, beside the steps, and the prefix
+    joins at the next step, without one it runs inside the step. The pool is split once: `num_prefix_blocks` for
+    resident prefixes, the rest for the rows' own text.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        load_prefix: Callable[[str], Prefix],
+        *,
+        num_prefix_blocks: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        special_token_ids: frozenset[int] = frozenset(),
+        max_rows: int = 64,
+        max_step_tokens: int = 512,
+        max_queue_s: float = 30.0,
+        executor: Executor | None = None,
+    ) -> None:
+        self.runner = runner
+        self._load_prefix = load_prefix
+        self._executor = executor
+        self._finished_loads: queue.SimpleQueue[tuple[ResidentPrefix, Exception | None]] = queue.SimpleQueue()
+        self._eos_token_ids = eos_token_ids
+        self._special_token_ids = special_token_ids
+        num_own_blocks = runner.kv_blocks.num_blocks - 1 - num_prefix_blocks
+        self.prefix_allocator = BlockAllocator(1, num_prefix_blocks)
+        self.own_allocator = BlockAllocator(1 + num_prefix_blocks, num_own_blocks)
+        self.residents = ResidentPrefixes(self.prefix_allocator, self._start_load)
+        self.scheduler = Scheduler(
+            self.own_allocator,
+            self.residents,
+            max_rows=max_rows,
+            max_step_tokens=max_step_tokens,
+            max_queue_s=max_queue_s,
+        )
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Text tokens that one row alone could keep in the pool."""
+        return self.own_allocator.num_blocks * BLOCK_SIZE
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a row. Raises PromptTooLongError for one that could never finish."""
+        if sequence.max_text_tokens > self.max_text_tokens:
+            raise PromptTooLongError(
+                f"prompt ({sequence.num_prompt_tokens} tokens) and max_new_tokens "
+                f"({sequence.sampling_params.max_new_tokens}) must fit {self.max_text_tokens} tokens of KV memory"
+            )
+        assert sequence.request_id not in self._sequences
+        self._sequences[sequence.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a row and free all it holds. Unknown or finished ids are fine."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.finish(sequence)
+
+    def step(self) -> list[StepOutput]:
+        """Schedule, run, postprocess."""
+        self._take_loads()
+        scheduled, failed = self.scheduler.schedule()
+        outputs = [self._fail(sequence, error) for sequence, error in failed]
+        if scheduled:
+            outputs += self._run(scheduled)
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Every block is free or has one owner; every row that holds a prefix is counted. For tests, after a step."""
+        self.residents.check_integrity()
+        rows = [*self.scheduler.running, *self.scheduler.waiting]
+        assert {id(row) for row in rows} == {id(row) for row in self._sequences.values()}
+        used = [block for row in rows for block in row.block_table]
+        assert len(used) == len(set(used)), "two rows share a block"
+        assert not self.own_allocator.free_ids() & set(used), "a used block is in the free list"
+        assert len(used) == self.own_allocator.num_used, "a block leaked"
+        held = sum(1 for row in rows if row.resident is not None)
+        counted = sum(r.ref_count for row in rows if (r := row.resident) is not None for _ in [0]) if held else 0
+        assert counted >= held
+
+    def _run(self, scheduled: list[Sequence]) -> list[StepOutput]:
+        try:
+            return self._advance(scheduled, self.runner.run(make_batch(rows_of(scheduled), self.runner.kv_blocks)))
+        except (RuntimeError, IndexError, ValueError) as error:
+            if len(scheduled) == 1:
+                return [self._fail(scheduled[0], GenerationError(f"the step failed: {error}"))]
+            # Whoever is at fault fails alone: each row again by itself. K and V are written to the same slots.
+            return [output for sequence in scheduled for output in self._run([sequence])]
+
+    def _advance(self, scheduled: list[Sequence], logits: torch.Tensor) -> list[StepOutput]:
+        sampled = [s for s in scheduled if s.num_computed_tokens + s.num_scheduled_tokens == len(s.token_ids)]
+        samples = sample(logits, sampled)
+        for sequence in scheduled:
+            sequence.num_computed_tokens += sequence.num_scheduled_tokens
+            sequence.num_scheduled_tokens = 0
+        return [self._append(sequence, chosen) for sequence, chosen in zip(sampled, samples, strict=True)]
+
+    def _append(self, sequence: Sequence, chosen: Sample) -> StepOutput:
+        if chosen.token_id is None:
+            self.runner.kv_blocks.clear(sequence.block_table)
+            return self._fail(sequence, GenerationError("the row's logits must be finite, got NaN or infinity"))
+        params = sequence.sampling_params
+        token_id = chosen.token_id
+        sequence.token_ids.append(token_id)
+        text = sequence.detokenizer.append(token_id)
+        if token_id in self._eos_token_ids and not params.ignore_eos:
+            sequence.finish_reason = "eos_token"
+        elif sequence.detokenizer.is_stopped or token_id in params.stop_token_ids:
+            sequence.finish_reason = "stop_sequence"
+        elif sequence.num_generated_tokens == params.max_new_tokens:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason is not None:
+            text += sequence.detokenizer.finish()
+            if sequence.detokenizer.is_stopped and sequence.finish_reason == "length":
+                sequence.finish_reason = "stop_sequence"
+            self.abort(sequence.request_id)
+        output = TokenOutput(
+            index=sequence.num_generated_tokens,
+            token_id=token_id,
+            text=text,
+            logprob=chosen.logprob,
+            top_logprobs=chosen.top_logprobs,
+            special=token_id in self._special_token_ids,
+            finish_reason=sequence.finish_reason,
+        )
+        return StepOutput(sequence, token=output)
+
+    def _fail(self, sequence: Sequence, error: EngineError) -> StepOutput:
+        if self._sequences.pop(sequence.request_id, None) is not None and (
+            sequence in self.scheduler.running or sequence in self.scheduler.waiting
+        ):
+            self.scheduler.finish(sequence)
+        return StepOutput(sequence, error=error)
+
+    def _start_load(self, resident: ResidentPrefix) -> None:
+        if self._executor is None:
+            self._load(resident)
+        else:
+            self._executor.submit(self._load, resident)
+
+    def _load(self, resident: ResidentPrefix) -> None:
+        """On the executor: nobody reads these blocks before the load is taken."""
+        resident.started_s = time.monotonic()
+        try:
+            prefix = self._load_prefix(resident.ref.digest)
+            if prefix.num_virtual_tokens != resident.ref.num_virtual_tokens:
+                raise ValueError(
+                    f"expected {resident.ref.num_virtual_tokens} virtual tokens, got {prefix.num_virtual_tokens}"
+                )
+            self.runner.fill(prefix, resident.block_table)
+        except Exception as error:  # whatever it is, it is this prefix's failure and must reach those who wait
+            self._finished_loads.put((resident, error))
+        else:
+            self._finished_loads.put((resident, None))
+
+    def _take_loads(self) -> None:
+        while not self._finished_loads.empty():
+            resident, error = self._finished_loads.get()
+            if error is not None:
+                self.runner.kv_blocks.clear(resident.block_table)
+            self.residents.finish_load(resident, error)
+
+
+def split_pool(kv_tokens: int, prefix_tokens: int) -> tuple[int, int]:
+    """Blocks of the whole pool (with the null block) and of its prefix part."""
+    num_prefix_blocks = num_blocks_for(prefix_tokens)
+    return 1 + num_prefix_blocks + num_blocks_for(kv_tokens), num_prefix_blocks

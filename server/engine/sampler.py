@@ -1,0 +1,74 @@
+"""From logits to one token a row. Every row brings its own parameters and random numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`token_id` None: the row's logits were not finite."""
+
+    token_id: int | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@torch.inference_mode()
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sample]:
+    """One `Sample` a row of `logits` `[rows, vocab_size]`. Log-probabilities only for rows that ask."""
+    best, best_ids = logits.max(-1)  # a NaN or an infinity in a row is its maximum
+    finite = torch.isfinite(best).tolist()
+    greedy = best_ids.tolist()
+    samples = []
+    for row, sequence in enumerate(sequences):
+        params = sequence.sampling_params
+        if not finite[row]:
+            samples.append(Sample(None))
+            continue
+        token_id = greedy[row]
+        if params.do_sample or params.repetition_penalty != 1.0:
+            token_id = _choose(logits[row].float(), sequence)
+        if params.num_top_logprobs is None:
+            samples.append(Sample(token_id))
+            continue
+        logprobs = torch.log_softmax(logits[row].float(), -1)
+        top = torch.topk(logprobs, params.num_top_logprobs)
+        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        samples.append(Sample(token_id, float(logprobs[token_id]), pairs))
+    return samples
+
+
+def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
+    """A token from `logits` `[vocab_size]`: penalty, temperature, top-k, top-p, draw; in transformers' order."""
+    params = sequence.sampling_params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sequence.token_ids, device=logits.device).unique()
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
+    if not params.do_sample:
+        return int(logits.argmax())
+    logits = logits / params.temperature
+    num_kept = params.top_k or logits.shape[0]
+    if num_kept < logits.shape[0] or params.top_p < 1.0:
+        values, ids = torch.topk(logits, min(num_kept, logits.shape[0]))
+    else:
+        values, ids = logits, None
+    probabilities = torch.softmax(values, -1)
+    if params.top_p < 1.0:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
+    assert sequence.generator is not None
+    # The inverse of the distribution function at one uniform number of the row's own generator.
+    threshold = torch.rand((), generator=sequence.generator).item()
+    cumulative = probabilities.double().cumsum(-1)
+    drawn = int(torch.searchsorted(cumulative, threshold * float(cumulative[-1]), right=True))
+    if drawn >= cumulative.shape[0] or math.isclose(float(probabilities[drawn]), 0.0, abs_tol=0.0):
+        drawn = int(probabilities.nonzero()[-1])
+    return drawn if ids is None else int(ids[drawn])
