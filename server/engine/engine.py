@@ -105,6 +105,10 @@ class Engine:
             outputs += self._run(scheduled)
         return outputs
 
+    def fail_all(self, error: EngineError) -> list[StepOutput]:
+        """End every row with `error`."""
+        return [self._fail(sequence, error) for sequence in tuple(self._sequences.values())]
+
     def check_integrity(self) -> None:
         """Every block is free or has one owner; every row that holds a prefix is counted. For tests, after a step."""
         self.residents.check_integrity()
@@ -115,8 +119,7 @@ class Engine:
         assert not self.own_allocator.free_ids() & set(used), "a used block is in the free list"
         assert len(used) == self.own_allocator.num_used, "a block leaked"
         held = sum(1 for row in rows if row.resident is not None)
-        counted = sum(r.ref_count for row in rows if (r := row.resident) is not None for _ in [0]) if held else 0
-        assert counted >= held
+        assert held == self.residents.num_references, "a prefix is held by a row that is gone"
 
     def _run(self, scheduled: list[Sequence]) -> list[StepOutput]:
         try:

@@ -123,6 +123,11 @@ class ResidentPrefixes:
     def num_pinned(self) -> int:
         return sum(1 for digest, r in self._residents.items() if r.ref_count or digest in self._pinned)
 
+    @property
+    def num_references(self) -> int:
+        """Rows, running or waiting, that hold a prefix."""
+        return sum(resident.ref_count for resident in self._residents.values())
+
     def check_integrity(self) -> None:
         """Every block of the pool is free or belongs to exactly one prefix."""
         used = [block for resident in self._residents.values() for block in resident.block_table]

@@ -1,0 +1,415 @@
+"""The engine behind asyncio: one thread runs the steps, coroutines ask and listen."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import structlog
+
+from prefix_store.prefix import ModelShape, Prefix
+from server.engine.detokenizer import Detokenizer
+from server.engine.engine import Engine, StepOutput
+from server.engine.errors import EngineError, GenerationError, OverloadedError, PrefixFaultError, PromptTooLongError
+from server.engine.kv_blocks import BLOCK_SIZE, block_bytes, num_blocks_for
+from server.engine.sampling_params import SamplingParams
+from server.engine.sequence import FinishReason, PrefixRef, Sequence, TokenOutput
+from server.metrics import Metrics
+
+HEARTBEAT_S = 10.0
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine's state between two steps, for gauges and `/info`."""
+
+    num_running: int
+    num_waiting: int
+    num_rows_max: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    block_size: int
+    prefix_bytes_used: int
+    prefix_bytes_total: int
+    num_resident: int
+    num_pinned: int
+
+
+class RequestStream:
+    """One request's tokens as they come. Leaving the `async with` early aborts the row."""
+
+    def __init__(self, sequence: Sequence, abort: Callable[[], None]) -> None:
+        self._sequence = sequence
+        self._abort = abort
+        self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._is_over = False
+        self._finished_s: float | None = None
+
+    def put(self, output: StepOutput) -> None:
+        self._outputs.put_nowait(output)
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        """The next token. Raises the EngineError that ended the row, if one did."""
+        if self._is_over:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        if output.error is not None:
+            self._end()
+            raise output.error
+        assert output.token is not None
+        if output.token.finish_reason is not None:
+            self._end()
+        return output.token
+
+    def abort(self) -> None:
+        """Free the row, if it still runs. May be called any number of times."""
+        if not self._is_over:
+            self._end()
+            self._abort()
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._finished_s = time.monotonic()
+
+    @property
+    def generated_text(self) -> str:
+        return self._sequence.detokenizer.text
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self._sequence.finish_reason
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self._sequence.token_ids[: self._sequence.num_prompt_tokens]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self._sequence.num_prompt_tokens
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self._sequence.num_virtual_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose K and V were reused from earlier text."""
+        return 0
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return self._sequence.num_generated_tokens
+
+    @property
+    def seed(self) -> int | None:
+        return self._sequence.sampling_params.seed
+
+    @property
+    def queue_s(self) -> float:
+        started_s = self._sequence.started_s
+        return 0.0 if started_s is None else started_s - self._sequence.arrival_s
+
+    @property
+    def inference_s(self) -> float:
+        started_s = self._sequence.started_s
+        end_s = self._finished_s if self._finished_s is not None else time.monotonic()
+        return 0.0 if started_s is None else end_s - started_s
+
+
+class AsyncEngine:
+    """Owns the thread in which the engine lives. Every public coroutine may be called from the event loop only.
+
+    The bounds of the queue are checked before a prompt is tokenised, on an estimate of its tokens from its bytes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        metrics: Metrics,
+        *,
+        max_queued: int = 256,
+        max_queued_tokens: int = 262_144,
+    ) -> None:
+        self._engine = engine
+        self.tokenizer = tokenizer
+        self._metrics = metrics
+        self._max_queued = max_queued
+        self._max_queued_tokens = max_queued_tokens
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, RequestStream] = {}
+        self._tokens_at_s: dict[str, float] = {}
+        self._queued: dict[str, int] = {}  # request -> tokens, from admission to its first token
+        self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._beat_s = time.monotonic()
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._engine.runner.shape
+
+    @property
+    def max_context(self) -> int:
+        """Positions a row may use, virtual tokens included."""
+        return self.shape.max_positions
+
+    @property
+    def is_healthy(self) -> bool:
+        """The step loop is alive and went round within 10 s."""
+        is_alive = self._thread is not None and self._thread.is_alive()
+        return is_alive and time.monotonic() - self._beat_s < HEARTBEAT_S
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def shutdown(self, drain: bool = True) -> None:
+        """Refuse new work; with `drain` wait for what runs, else fail it; stop the thread."""
+        self._is_draining = True
+        if drain:
+            await self._idle.wait()
+        for stream in tuple(self._streams.values()):
+            stream.put(StepOutput(stream._sequence, error=GenerationError("the server is stopping")))
+        self._calls.put(None)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    async def generate(
+        self,
+        prompt: str | list[int],
+        sampling_params: SamplingParams,
+        prefix: PrefixRef | None,
+        request_id: str,
+    ) -> RequestStream:
+        """Admit a request. Raises OverloadedError before tokenising, PromptTooLongError after."""
+        if self._is_draining:
+            self._metrics.rejected("draining")
+            raise OverloadedError("the server is stopping")
+        num_tokens = len(prompt) if isinstance(prompt, list) else len(prompt.encode()) // 4 + 1
+        self._check_room(num_tokens)
+        self._queued[request_id] = num_tokens
+        try:
+            token_ids = prompt if isinstance(prompt, list) else await self._tokenise(prompt)
+            self._check_context(len(token_ids), sampling_params, prefix)
+            detokenizer = Detokenizer(self.tokenizer, sampling_params.stop, sampling_params.include_stop)
+            sequence = Sequence(request_id, token_ids, sampling_params, detokenizer, prefix)
+            stream = RequestStream(sequence, lambda: self._abort(request_id))
+            if sequence.max_text_tokens > self._engine.max_text_tokens:
+                raise PromptTooLongError(
+                    f"prompt ({sequence.num_prompt_tokens} tokens) and max_new_tokens "
+                    f"({sampling_params.max_new_tokens}) must fit {self._engine.max_text_tokens} tokens of KV memory"
+                )
+        except BaseException:
+            del self._queued[request_id]
+            raise
+        self._streams[request_id] = stream
+        self._idle.clear()
+        self._metrics.request_started()
+        self._calls.put(lambda: self._engine.add(sequence))
+        return stream
+
+    async def check(self, prefix: Prefix) -> None:
+        """A trial forward on a few tokens, off the step loop. Raises PrefixFaultError if its logits are not finite."""
+        blocks = num_blocks_for(prefix.num_virtual_tokens)
+        if blocks > self._engine.prefix_allocator.num_blocks:
+            raise PrefixFaultError(
+                f"{prefix.num_virtual_tokens} virtual tokens need {self.bytes_on_device(prefix.num_virtual_tokens)} "
+                f"bytes of prefix memory, the pool has {self._engine.prefix_allocator.num_blocks * self._block_bytes}"
+            )
+        token_ids = [1 % self.shape.vocab_size, 2 % self.shape.vocab_size]
+        await asyncio.to_thread(self._engine.runner.check, prefix, token_ids)
+
+    async def preload(self, ref: PrefixRef) -> None:
+        """Make a prefix resident. Raises PrefixLoadError, or OverloadedError when held prefixes leave no room."""
+        if not await self._call(lambda: self._engine.residents.preload(ref)):
+            raise OverloadedError("no room for the prefix: all resident ones are in use or pinned")
+        while await self._call(lambda: self._is_loading(ref.digest)):
+            await asyncio.sleep(0.01)
+
+    async def pin(self, ref: PrefixRef) -> None:
+        """Make a prefix resident and keep it so."""
+        await self.preload(ref)
+        await self._call(lambda: self._engine.residents.pin(ref.digest))
+
+    async def unpin(self, ref: PrefixRef) -> None:
+        await self._call(lambda: self._engine.residents.unpin(ref.digest))
+
+    async def evict(self, digest: str) -> bool:
+        """Drop a resident prefix. False: a row holds it, or it is not resident."""
+        return await self._call(lambda: self._engine.residents.evict(digest))
+
+    def residency(self, digest: str) -> str:
+        """`resident`, `loading` or `cold`."""
+        resident = self._engine.residents.get(digest)
+        if resident is None:
+            return "cold"
+        return "resident" if resident.state == "ready" else "loading"
+
+    def resident_bytes(self, digest: str) -> int:
+        resident = self._engine.residents.get(digest)
+        return 0 if resident is None else len(resident.block_table) * self._block_bytes
+
+    def bytes_on_device(self, num_virtual_tokens: int) -> int:
+        return num_blocks_for(num_virtual_tokens) * self._block_bytes
+
+    def stats(self) -> EngineStats:
+        engine = self._engine
+        return EngineStats(
+            num_running=len(engine.scheduler.running),
+            num_waiting=len(self._streams) - len(engine.scheduler.running),
+            num_rows_max=engine.scheduler.max_rows,
+            kv_blocks_used=engine.own_allocator.num_used,
+            kv_blocks_total=engine.own_allocator.num_blocks,
+            block_size=BLOCK_SIZE,
+            prefix_bytes_used=engine.prefix_allocator.num_used * self._block_bytes,
+            prefix_bytes_total=engine.prefix_allocator.num_blocks * self._block_bytes,
+            num_resident=engine.residents.num_resident,
+            num_pinned=engine.residents.num_pinned,
+        )
+
+    @property
+    def _block_bytes(self) -> int:
+        return block_bytes(self.shape)
+
+    def _is_loading(self, digest: str) -> bool:
+        failure = self._engine.residents.failure(digest)
+        if failure is not None:
+            raise failure
+        return self.residency(digest) == "loading"
+
+    def _check_room(self, num_tokens: int) -> None:
+        if len(self._queued) >= self._max_queued:
+            self._metrics.rejected("queue_full")
+            raise OverloadedError(f"the queue holds {len(self._queued)} requests, its limit is {self._max_queued}")
+        queued_tokens = sum(self._queued.values())
+        if queued_tokens and queued_tokens + num_tokens > self._max_queued_tokens:
+            self._metrics.rejected("queue_tokens")
+            raise OverloadedError(f"the queue holds {queued_tokens} tokens, its limit is {self._max_queued_tokens}")
+
+    def _check_context(self, num_tokens: int, params: SamplingParams, prefix: PrefixRef | None) -> None:
+        num_virtual = prefix.num_virtual_tokens if prefix else 0
+        if num_tokens == 0:
+            raise PromptTooLongError("the prompt must have at least one token, got 0")
+        if num_virtual + num_tokens + params.max_new_tokens > self.max_context:
+            raise PromptTooLongError(
+                f"virtual tokens ({num_virtual}) + prompt tokens ({num_tokens}) + max_new_tokens "
+                f"({params.max_new_tokens}) must be <= {self.max_context}"
+            )
+
+    async def _tokenise(self, prompt: str) -> list[int]:
+        loop = asyncio.get_running_loop()
+        encoded = await loop.run_in_executor(self._workers, lambda: self.tokenizer(prompt)["input_ids"])
+        return list(encoded)
+
+    def _abort(self, request_id: str) -> None:
+        self._forget(request_id)
+        self._metrics.aborted()
+        self._calls.put(lambda: self._engine.abort(request_id))
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._queued.pop(request_id, None)
+        self._tokens_at_s.pop(request_id, None)
+        if not self._streams:
+            self._idle.set()
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        """Run `function` in the engine's thread, between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:  # it is raised where the caller waits
+                future.set_exception(error)
+
+        self._calls.put(run)
+        return await asyncio.wrap_future(future)
+
+    def _run(self) -> None:
+        """The thread: take calls, step, hand the outputs over once a step."""
+        assert self._loop is not None
+        while True:
+            self._beat_s = time.monotonic()
+            try:
+                # A waiting row may wait for a load: then the loop goes round at a gentle pace.
+                if not self._engine.scheduler.running:
+                    timeout_s = 0.002 if self._engine.has_work else 0.5
+                    call = self._calls.get(timeout=timeout_s)
+                else:
+                    call = self._calls.get_nowait()
+                while call is not None:
+                    call()
+                    call = self._calls.get_nowait()
+                return
+            except queue.Empty:
+                pass
+            try:
+                outputs = self._engine.step()
+            except Exception as error:  # the loop must outlive any fault; all rows it may concern are failed
+                log.exception("step_failed")
+                outputs = self._engine.fail_all(GenerationError(f"the step failed: {error}"))
+            if outputs:
+                self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        now = time.monotonic()
+        for output in outputs:
+            request_id = output.sequence.request_id
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue  # aborted meanwhile
+            stream.put(output)
+            self._observe(output, now)
+            if output.error is not None or output.token is None or output.token.finish_reason is not None:
+                self._forget(request_id)
+
+    def _observe(self, output: StepOutput, now: float) -> None:
+        sequence = output.sequence
+        if output.error is not None or output.token is None:
+            if isinstance(output.error, OverloadedError):
+                self._metrics.rejected("queue_time")
+            self._metrics.request_finished("error")
+            return
+        previous_s = self._tokens_at_s.get(sequence.request_id)
+        self._tokens_at_s[sequence.request_id] = now
+        if previous_s is None:
+            self._queued.pop(sequence.request_id, None)
+            self._metrics.ttft(now - sequence.arrival_s)
+            if sequence.started_s is not None:
+                self._metrics.queue_time(sequence.started_s - sequence.arrival_s)
+        else:
+            self._metrics.inter_token(now - previous_s)
+        if output.token.finish_reason is not None:
+            self._metrics.tokens(sequence.num_prompt_tokens, sequence.num_generated_tokens)
+            self._metrics.e2e(now - sequence.arrival_s)
+            self._metrics.request_finished(output.token.finish_reason)
+
+
+__all__ = ["AsyncEngine", "EngineError", "EngineStats", "PrefixRef", "RequestStream", "TokenOutput"]
