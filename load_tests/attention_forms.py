@@ -40,7 +40,9 @@ def main() -> None:
     used = sorted(set(tasks))
     num_prefix_blocks, num_own_blocks = -(-n // BLOCK), -(-own // BLOCK)
     total_blocks = num_prefix_blocks + num_own_blocks
-    pool = torch.randn(NUM_LAYERS, 2, 64 * num_prefix_blocks + rows * num_own_blocks, NUM_KV_HEADS, BLOCK * HEAD_DIM, dtype=dtype)
+    pool = torch.randn(
+        NUM_LAYERS, 2, 64 * num_prefix_blocks + rows * num_own_blocks, NUM_KV_HEADS, BLOCK * HEAD_DIM, dtype=dtype
+    )
     half = pool.shape[2] * NUM_KV_HEADS
     table = torch.tensor(
         [
@@ -64,13 +66,22 @@ def main() -> None:
     q = torch.randn(rows * NUM_KV_HEADS, NUM_HEADS // NUM_KV_HEADS, HEAD_DIM, dtype=dtype)
     groups = [torch.tensor([r for r in range(rows) if tasks[r] == task]) for task in used]
     # The copied form keeps prefix and text of each row side by side: one long slab a row, and a prefix many times.
-    padded = [pool[0].view(-1, BLOCK * HEAD_DIM)[index].view(2, rows * NUM_KV_HEADS, -1, HEAD_DIM).clone() for _ in range(NUM_LAYERS)]
-    prefix_kv = pool[:, :, : 64 * num_prefix_blocks].view(NUM_LAYERS, 2, 64, num_prefix_blocks, NUM_KV_HEADS, BLOCK, HEAD_DIM)
-    prefix_kv = prefix_kv.transpose(3, 4).reshape(NUM_LAYERS, 2, 64, NUM_KV_HEADS, -1, HEAD_DIM)[..., :n, :].contiguous()
+    padded = [
+        pool[0].view(-1, BLOCK * HEAD_DIM)[index].view(2, rows * NUM_KV_HEADS, -1, HEAD_DIM).clone()
+        for _ in range(NUM_LAYERS)
+    ]
+    prefix_kv = pool[:, :, : 64 * num_prefix_blocks].view(
+        NUM_LAYERS, 2, 64, num_prefix_blocks, NUM_KV_HEADS, BLOCK, HEAD_DIM
+    )
+    prefix_kv = (
+        prefix_kv.transpose(3, 4).reshape(NUM_LAYERS, 2, 64, NUM_KV_HEADS, -1, HEAD_DIM)[..., :n, :].contiguous()
+    )
 
     def gathered() -> None:
         for layer in range(NUM_LAYERS):
-            kv = pool[layer].view(-1, BLOCK * HEAD_DIM).index_select(0, index).view(2, rows * NUM_KV_HEADS, -1, HEAD_DIM)
+            kv = (
+                pool[layer].view(-1, BLOCK * HEAD_DIM).index_select(0, index).view(2, rows * NUM_KV_HEADS, -1, HEAD_DIM)
+            )
             softmax_product(q, kv[0], kv[1], mask)
 
     def copied() -> None:
@@ -80,7 +91,12 @@ def main() -> None:
     def merged() -> None:
         q4 = q.view(rows, NUM_KV_HEADS, -1, HEAD_DIM)
         for layer in range(NUM_LAYERS):
-            kv = pool[layer].view(-1, BLOCK * HEAD_DIM).index_select(0, own_index).view(2, rows * NUM_KV_HEADS, -1, HEAD_DIM)
+            kv = (
+                pool[layer]
+                .view(-1, BLOCK * HEAD_DIM)
+                .index_select(0, own_index)
+                .view(2, rows * NUM_KV_HEADS, -1, HEAD_DIM)
+            )
             own_scores = torch.bmm(q, kv[0].transpose(1, 2)) + own_mask
             own_lse = torch.logsumexp(own_scores.float(), -1).view(rows, NUM_KV_HEADS, -1, 1)
             own_out = torch.bmm(torch.softmax(own_scores, -1), kv[1]).view(rows, NUM_KV_HEADS, -1, HEAD_DIM)
@@ -96,7 +112,15 @@ def main() -> None:
     weights = [
         torch.randn(out, inner, dtype=dtype)
         for _ in range(NUM_LAYERS)
-        for out, inner in ((HIDDEN, HIDDEN), (192, HIDDEN), (192, HIDDEN), (HIDDEN, HIDDEN), (MLP, HIDDEN), (MLP, HIDDEN), (HIDDEN, MLP))
+        for out, inner in (
+            (HIDDEN, HIDDEN),
+            (192, HIDDEN),
+            (192, HIDDEN),
+            (HIDDEN, HIDDEN),
+            (MLP, HIDDEN),
+            (MLP, HIDDEN),
+            (HIDDEN, MLP),
+        )
     ] + [torch.randn(49152, HIDDEN, dtype=dtype)]
     inputs = {inner: torch.randn(rows, inner, dtype=dtype) for inner in (HIDDEN, MLP)}
 
@@ -104,7 +128,12 @@ def main() -> None:
         for weight in weights:
             F.linear(inputs[weight.shape[1]], weight)
 
-    forms: dict[str, Callable[[], None]] = {"products": products, "gather": gathered, "padded copy": copied, "group and merge": merged}
+    forms: dict[str, Callable[[], None]] = {
+        "products": products,
+        "gather": gathered,
+        "padded copy": copied,
+        "group and merge": merged,
+    }
     times: dict[str, list[float]] = {name: [] for name in forms}
     with torch.inference_mode():
         for round_ in range(args.rounds + 2):
@@ -114,11 +143,13 @@ def main() -> None:
                 if round_ >= 2:
                     times[name].append((time.perf_counter() - start) * 1e3)
     floor = statistics.median(times["products"])
-    print(f"{rows} rows of {own} own tokens, {n} virtual tokens, {len(used)} tasks, {args.dtype}, {torch.get_num_threads()} threads")
+    print(f"{rows} rows of {own} own tokens, {n} virtual tokens, {len(used)} tasks, {args.dtype}")
     print(f"largest group {max(Counter(tasks).values())} rows")
     for name, values in times.items():
         median = statistics.median(values)
-        print(f"{name:16} {median:7.1f} ms  ({min(values):.1f} to {max(values):.1f})  {median / floor:.2f}x the products")
+        print(
+            f"{name:16} {median:7.1f} ms  ({min(values):.1f} to {max(values):.1f})  {median / floor:.2f}x the products"
+        )
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ def make_batch(rows: list[PackedRow], kv_blocks: KVBlocks, inputs_embeds: torch.
     for i, row in enumerate(rows):
         num_blocks = max(len(row.prefix_blocks) + num_blocks_for(row.end), SHORT_BLOCKS)
         by_size.setdefault(((row.num_tokens - 1).bit_length(), (num_blocks - 1).bit_length()), []).append(i)
-    groups = [_group([rows[i] for i in members], [offsets[i] for i in members], kv_blocks) for members in by_size.values()]
+    groups = [
+        _group([rows[i] for i in members], [offsets[i] for i in members], kv_blocks) for members in by_size.values()
+    ]
     return Batch(
         position_ids=torch.tensor([positions], device=device),
         slot_mapping=kv_blocks.slots(torch.tensor(block_ids), torch.tensor(slot_offsets)),

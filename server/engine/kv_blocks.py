@@ -42,7 +42,7 @@ class KVBlocks:
         return gathered[0], gathered[1]
 
     def slots(self, block_ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """The `slot_mapping` `[2 * num_kv_heads * num_tokens]` of tokens at `offsets` of `block_ids`, each `[num_tokens]`."""
+        """The `slot_mapping` `[2 * num_kv_heads * num_tokens]` of `offsets` in `block_ids`, each `[num_tokens]`."""
         heads = torch.arange(self.num_kv_heads)[:, None]
         keys = (block_ids * self.num_kv_heads + heads) * BLOCK_SIZE + offsets  # [num_kv_heads, num_tokens]
         values = keys + self.num_blocks * self.num_kv_heads * BLOCK_SIZE

@@ -39,7 +39,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def fill(self, prefix: Prefix, block_table: list[int], kv_blocks: KVBlocks | None = None) -> None:
-        """Write a prefix's K and V into its blocks. A soft prompt is run through the model once: its KV is the prefix."""
+        """Write a prefix's K and V into its blocks. A soft prompt runs through the model once: its KV is the prefix."""
         kv_blocks = kv_blocks or self.kv_blocks
         n = prefix.num_virtual_tokens
         assert len(block_table) == num_blocks_for(n)
@@ -58,7 +58,9 @@ class ModelRunner:
         own_table = [len(prefix_table) + 1 + i for i in range(num_blocks_for(len(token_ids)))]
         trial = KVBlocks(self.shape, 1 + len(prefix_table) + len(own_table), self.kv_blocks.device)
         self.fill(prefix, prefix_table, trial)
-        row = PackedRow(token_ids, 0, len(token_ids), prefix.num_virtual_tokens, prefix_table, own_table, wants_logits=True)
+        row = PackedRow(
+            token_ids, 0, len(token_ids), prefix.num_virtual_tokens, prefix_table, own_table, wants_logits=True
+        )
         logits = self.run(make_batch([row], trial))
         if not (bool(torch.isfinite(logits).all()) and bool(torch.isfinite(trial.kv).all())):
             raise PrefixFaultError("the model's logits behind this prefix must be finite, got NaN or infinity")
@@ -70,9 +72,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, revis
     if config.is_encoder_decoder:
         raise ModelRefusedError(f"{config.model_type}: expected a decoder-only model, got an encoder-decoder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype, attn_implementation=NAME
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
     except ValueError as error:
         raise ModelRefusedError(f"{config.model_type}: {error}") from error
     return model.to(device).eval().requires_grad_(False)
