@@ -72,7 +72,9 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, revis
     if config.is_encoder_decoder:
         raise ModelRefusedError(f"{config.model_type}: expected a decoder-only model, got an encoder-decoder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, attn_implementation=NAME
+        )
     except ValueError as error:
         raise ModelRefusedError(f"{config.model_type}: {error}") from error
     return model.to(device).eval().requires_grad_(False)

@@ -48,7 +48,7 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
     """A token from `logits` `[vocab_size]`: penalty, temperature, top-k, top-p, draw; in transformers' order."""
     params = sequence.sampling_params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sequence.token_ids, device=logits.device).unique()
+        seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
         values = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
