@@ -1,0 +1,38 @@
+"""Names that users give: tasks, and `TASK@VERSION`. Matched whole before they touch anything."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from prefix_store.errors import NotFoundError
+
+TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+DIGEST = re.compile(r"[0-9a-f]{12,64}")
+PREVIOUS = "previous"
+
+
+@dataclass(frozen=True)
+class TaskRef:
+    """`version` None: the active one; else a number, 12 or more hex digits of the digest, or `previous`."""
+
+    task: str
+    version: str | None = None
+
+
+def is_task_name(text: str) -> bool:
+    return TASK.fullmatch(text) is not None
+
+
+def parse_ref(text: str) -> TaskRef:
+    """`T` or `T@V`. Raises NotFoundError: a name that cannot be is a name that is not there."""
+    task, at, version = text.partition("@")
+    if not is_task_name(task) or (at and not is_version(version)):
+        raise NotFoundError(f"no task {text[:140]!r}; a task is [a-z0-9][a-z0-9._-]{{0,63}}, or TASK@VERSION")
+    return TaskRef(task, version if at else None)
+
+
+def is_version(text: str) -> bool:
+    """Up to nine digits are a number; twelve or more hex digits, decimal ones too, are a digest's beginning."""
+    return any((NUMBER.fullmatch(text), DIGEST.fullmatch(text), text == PREVIOUS))

@@ -1,0 +1,84 @@
+"""Settings of `serve`: every option of the command line, also as `PREFIXSERVE_…` in the environment."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 1 << 20
+
+
+def default_data_dir() -> Path:
+    """The user's data folder: `prefixserve` under `XDG_DATA_HOME` or `~/.local/share`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "prefixserve"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` (a name or an address, without brackets or port) can only mean this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name, whatever it resolves to
+        return False
+
+
+class Settings(BaseSettings):
+    """Sizes are bytes (`512MiB` is understood), times seconds. Raises pydantic's ValidationError."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PREFIXSERVE_", extra="ignore", frozen=True, protected_namespaces=(), env_ignore_empty=True
+    )
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    model: str | None = Field(default=None, description="A local folder or hub name; none: the default model.")
+    model_name: str | None = Field(default=None, description="The served name; none: from the model.")
+    model_alias: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Other names of the base model, separated by commas in the environment."
+    )
+    model_revision: str | None = None
+    data_dir: Path = Field(default_factory=default_data_dir, description="Registry and blobs.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "cpu"
+    kv_bytes: ByteSize | None = Field(
+        default=None, gt=0, description="KV memory of the rows' text; none: from max_rows."
+    )
+    prefix_bytes: ByteSize | None = Field(default=None, gt=0, description="Memory of resident prefixes; none: derived.")
+    max_rows: int = Field(default=64, ge=1, le=4096)
+    max_step_tokens: int = Field(default=512, ge=1)
+    max_queued: int = Field(default=256, ge=1)
+    max_queue_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    max_virtual_tokens: int = Field(default=4096, ge=1)
+    max_upload_bytes: ByteSize = Field(default=ByteSize(512 * MIB), gt=0)
+    log_json: bool = False
+
+    @field_validator("host")
+    @classmethod
+    def _stays_on_loopback(cls, host: str) -> str:
+        if not is_loopback(host.strip("[]")):
+            raise ValueError(f"host must be a loopback address while no keys are configured, got {host}")
+        return host.strip("[]")
+
+    @field_validator("model_alias", mode="before")
+    @classmethod
+    def _split_aliases(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("data_dir")
+    @classmethod
+    def _expand_home(cls, path: Path) -> Path:
+        return path.expanduser()
+
+    @model_validator(mode="after")
+    def _rows_fit_a_step(self) -> Settings:
+        if self.max_step_tokens < self.max_rows:
+            raise ValueError(f"max_step_tokens must be >= max_rows ({self.max_rows}), got {self.max_step_tokens}")
+        return self
