@@ -1,7 +1,7 @@
 """PEFT's `adapter_config.json` and `adapter_model.safetensors` to a Prefix.
 
-Every type saves one tensor `prompt_embeddings`; only `peft_type` tells what it is. What a reparameterisation (an MLP, an
-LSTM, a delta) does to it, PEFT has applied when saving.
+Every type saves one tensor `prompt_embeddings`; only `peft_type` tells what it is. What a reparameterisation (an MLP,
+an LSTM, a delta) does to it, PEFT has applied when saving.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def _checked_config(config: bytes) -> dict[str, Any]:
     known = (*SOFT_TYPES, MULTITASK, *KV_TYPES)
     if peft_type not in known:
         raise InvalidArtefactError(
-            f"peft_type must be one of {', '.join(known)}, got {str(peft_type)[:60]!r}: it cannot be expressed as a prefix"
+            f"peft_type must be one of {', '.join(known)}, got {str(peft_type)[:60]!r}: "
+            "it cannot be expressed as a prefix"
         )
     if fields.get("modules_to_save"):
         raise InvalidArtefactError(

@@ -174,6 +174,10 @@ class PrefixStore:
         self._release(list(gone.versions))
         return gone
 
+    def has_file(self, digest: str) -> bool:
+        """Whether any version of any task still refers to this content."""
+        return self._blobs.exists(digest)
+
     def file_bytes(self, version: Version) -> bytes:
         """The native file. Raises DamagedBlobError."""
         return self._blobs.get(version.digest)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from server.engine.async_engine import EngineStats
+
+MAX_TASK_LABELS = 50
 
 FINE = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 TTFT_BUCKETS = (*FINE, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
@@ -81,3 +91,56 @@ class Metrics:
 
     def aborted(self) -> None:
         self._aborted.inc()
+
+    def watch(self, stats: Callable[[], EngineStats], resident_bytes_by_task: Callable[[], dict[str, int]]) -> None:
+        """Read the engine's own counts at every scrape."""
+        self.registry.register(EngineCollector(stats, resident_bytes_by_task))
+
+
+class EngineCollector(Collector):
+    """What the engine counts itself has its home there; a scrape reads it."""
+
+    def __init__(self, stats: Callable[[], EngineStats], resident_bytes_by_task: Callable[[], dict[str, int]]) -> None:
+        self._stats = stats
+        self._resident_bytes_by_task = resident_bytes_by_task
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        kv_usage = stats.kv_blocks_used / max(stats.kv_blocks_total, 1)
+        gauges = {
+            "num_requests_running": ("Rows in the batch.", stats.num_running),
+            "num_requests_waiting": ("Requests that wait for a place, their prefix or KV memory.", stats.num_waiting),
+            "kv_cache_usage_perc": ("KV memory of the rows' text in use, 0 to 1.", kv_usage),
+            "prefix_resident": ("Prefixes in device memory.", stats.num_resident),
+            "prefix_pinned": ("Of them, pinned by the operator.", stats.num_pinned),
+            "prefix_resident_bytes": ("Device memory that resident prefixes use.", stats.prefix_bytes_used),
+            "prefix_pool_bytes": ("Device memory for resident prefixes.", stats.prefix_bytes_total),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"prefixserve_{name}", text, value)
+        counts = stats.residency
+        counters = {
+            "num_preemptions": ("Rows that gave up their place for want of KV memory.", stats.num_preemptions),
+            "prefix_hits": ("Requests whose prefix was resident or on its way.", counts.num_hits),
+            "prefix_misses": ("Requests whose prefix was cold.", counts.num_misses),
+            "prefix_loads": ("Prefixes made resident.", counts.num_loads),
+            "prefix_load_failures": ("Prefixes that could not be made resident.", counts.num_failed_loads),
+            "prefix_evictions": ("Prefixes dropped from device memory.", counts.num_evictions),
+            "prefix_load_seconds": ("Seconds spent making prefixes resident.", counts.load_s),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"prefixserve_{name}", text, value)
+        by_task = GaugeMetricFamily(
+            "prefixserve_task_resident_bytes",
+            "Device memory of the largest tasks; the rest is _other.",
+            labels=["task"],
+        )
+        ranked = sorted(self._resident_bytes_by_task().items(), key=lambda item: (-item[1], item[0]))
+        for task, num_bytes in ranked[:MAX_TASK_LABELS]:
+            by_task.add_metric([task], num_bytes)
+        if len(ranked) > MAX_TASK_LABELS:
+            by_task.add_metric(["_other"], sum(num_bytes for _, num_bytes in ranked[MAX_TASK_LABELS:]))
+        yield by_task

@@ -79,8 +79,8 @@ def fetch_model(name: str | None, revision: str | None = None, report: Report = 
 def fingerprint(path: Path) -> str:
     """sha256 over the architecture's fields and the digests of the weight files and the tokenizer.
 
-    Kept in `prefixserve-fingerprint.json` beside the model (or in the cache where the folder is read-only), and computed
-    again when a file's size or time has changed.
+    Kept in `prefixserve-fingerprint.json` beside the model (or in the cache where the folder is read-only), and
+    computed again when a file's size or time has changed.
     """
     names = sorted(
         file.name
@@ -182,7 +182,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     fresh.load_state_dict(loaded.state_dict())
     # bf16 would round the dequantised weights, fp16 holds them but not every processor multiplies it.
     fresh.save_pretrained(folder)

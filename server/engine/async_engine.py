@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
 from server.engine.errors import EngineError, GenerationError, OverloadedError, PrefixFaultError, PromptTooLongError
 from server.engine.kv_blocks import BLOCK_SIZE, block_bytes, num_blocks_for
+from server.engine.resident_prefixes import ResidencyCounts
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import FinishReason, PrefixRef, Sequence, TokenOutput
 from server.metrics import Metrics
@@ -42,6 +43,8 @@ class EngineStats:
     prefix_bytes_total: int
     num_resident: int
     num_pinned: int
+    num_preemptions: int
+    residency: ResidencyCounts
 
 
 class RequestStream:
@@ -291,6 +294,8 @@ class AsyncEngine:
             prefix_bytes_total=engine.prefix_allocator.num_blocks * self._block_bytes,
             num_resident=engine.residents.num_resident,
             num_pinned=engine.residents.num_pinned,
+            num_preemptions=engine.scheduler.num_preemptions,
+            residency=replace(engine.residents.counts),
         )
 
     @property

@@ -33,6 +33,7 @@ class ResidencyCounts:
     num_loads: int = 0
     num_failed_loads: int = 0
     num_evictions: int = 0
+    load_s: float = 0.0  # seconds, of loads that ended well
 
 
 class ResidentPrefixes:

@@ -1,0 +1,102 @@
+"""From exceptions to status codes and bodies: TGI's, OpenAI's, or RFC 9457 problems, by the route asked."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from prefix_store import errors as store_errors
+from server.engine import errors as engine_errors
+
+TGI_PATHS = ("/", "/generate", "/generate_stream")
+OPENAI_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
+
+
+class RequestError(Exception):
+    """What a caller got wrong: `status`, the text, and the field it concerns."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
+STATUSES: dict[type[Exception], int] = {
+    store_errors.InvalidArtefactError: 422,
+    store_errors.ArtefactTooLargeError: 413,
+    store_errors.NotFoundError: 404,
+    store_errors.ConflictError: 409,
+    store_errors.PreconditionFailedError: 412,
+    store_errors.DamagedBlobError: 500,
+    store_errors.StorageFullError: 507,
+    engine_errors.PromptTooLongError: 422,
+    engine_errors.OverloadedError: 503,
+    engine_errors.PrefixLoadError: 424,
+    engine_errors.PrefixFaultError: 422,
+    engine_errors.GenerationError: 500,
+}
+
+
+def status_of(error: Exception) -> int:
+    if isinstance(error, RequestError):
+        return error.status
+    return next((STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES), 500)
+
+
+def tgi_type(status: int) -> str:
+    """TGI's `error_type` of a status."""
+    return {404: "not_found", 424: "generation", 429: "overloaded", 503: "overloaded"}.get(
+        status, "generation" if status >= 500 else "validation"
+    )
+
+
+def error_response(
+    path: str, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """The body that callers of `path` expect."""
+    if path in TGI_PATHS:
+        return JSONResponse({"error": message, "error_type": tgi_type(status)}, status, headers)
+    if path.startswith(OPENAI_PATHS):
+        status = 400 if status == 422 else status
+        return JSONResponse({"error": openai_error(status, message, param)}, status, headers)
+    problem = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": message}
+    return JSONResponse(problem, status, headers, media_type="application/problem+json")
+
+
+def openai_error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    code = {404: "model_not_found", 429: "rate_limit_exceeded", 503: "overloaded"}.get(status)
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+def install(app: FastAPI) -> None:
+    """One handler for every exception that may reach a route's end."""
+
+    async def known(request: Request, error: Exception) -> JSONResponse:
+        retry = {}
+        if isinstance(error, engine_errors.OverloadedError):
+            retry = {"Retry-After": str(error.retry_after_s)}
+        param = getattr(error, "param", None)
+        return error_response(request.url.path, status_of(error), str(error), param=param, headers=retry)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+        text = str(first["msg"]).removeprefix("Value error, ")
+        return error_response(request.url.path, 422, f"{field}: {text}" if field else text, param=field or None)
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        return error_response(request.url.path, error.status_code, str(error.detail), headers=headers)
+
+    for kind in (RequestError, store_errors.PrefixStoreError, engine_errors.EngineError):
+        app.add_exception_handler(kind, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)

@@ -1,0 +1,99 @@
+"""TGI's routes: `POST /generate`, `/generate_stream` and `/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from server.api.errors import RequestError, status_of, tgi_type
+from server.api.rows import Row, answer_headers, start_row, while_connected
+from server.api.schemas import GenerateParameters, GenerateRequest
+from server.api.state import AppState, State, Target
+from server.engine.errors import EngineError
+from server.engine.sequence import TokenOutput
+
+router = APIRouter(tags=["generate"])
+TaskQuery = Annotated[
+    str | None, Query(description="A task, or TASK@VERSION; none: the bare model.", examples=["films"])
+]
+
+
+@router.post("/generate", summary="Answer, or stream with `stream`")
+@router.post("/", summary="As /generate", operation_id="generate_root")
+async def generate(request: Request, state: State, body: GenerateRequest, task: TaskQuery = None) -> Response:
+    """TGI's request and answer. `details` adds tokens with log-probabilities, the task and its version."""
+    return await _answer(request, state, body, task, streams=bool(body.stream))
+
+
+@router.post("/generate_stream", summary="Stream tokens as server-sent events")
+async def generate_stream(request: Request, state: State, body: GenerateRequest, task: TaskQuery = None) -> Response:
+    """One event a token; the last has the whole text and the details."""
+    return await _answer(request, state, body, task, streams=True)
+
+
+async def _answer(
+    request: Request, state: AppState, body: GenerateRequest, task: str | None, *, streams: bool
+) -> Response:
+    parameters = body.parameters or GenerateParameters()
+    if task is not None and parameters.adapter_id not in (None, task):
+        raise RequestError(422, f"task {task[:80]!r} and adapter_id {str(parameters.adapter_id)[:80]!r} must agree")
+    name = task if task is not None else parameters.adapter_id
+    target = await state.resolve_task(None if name in state.model_names else name)
+    row = await start_row(state, request, body.inputs, parameters.sampling_params(), target)
+    lead = body.inputs if parameters.return_full_text else ""
+    if streams:
+        return StreamingResponse(
+            _events(state, row, target, lead),
+            headers=answer_headers(target, row.stream) | {"Cache-Control": "no-store"},
+            media_type="text/event-stream",
+        )
+    async with row.stream:
+        outputs = await while_connected(request, row.finish())
+    answer: dict[str, Any] = {"generated_text": lead + row.stream.generated_text}
+    if parameters.details:
+        tokens = [_token(state, output) for output in outputs]
+        answer["details"] = {**_details(row, target), "prefill": [], "tokens": tokens}
+    return JSONResponse(answer, headers=answer_headers(target, row.stream))
+
+
+async def _events(state: AppState, row: Row, target: Target, lead: str) -> AsyncIterator[str]:
+    async with row.stream:
+        try:
+            async for output in row.outputs():
+                is_last = output.finish_reason is not None
+                event = {
+                    "index": output.index,
+                    "token": _token(state, output, text=output.text),
+                    "generated_text": lead + row.stream.generated_text if is_last else None,
+                    "details": {**_details(row, target), "input_length": row.stream.num_prompt_tokens}
+                    if is_last
+                    else None,
+                }
+                yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+        except EngineError as error:
+            failure = {"error": str(error), "error_type": tgi_type(status_of(error))}
+            yield f"data: {json.dumps(failure, ensure_ascii=False)}\n\n"
+
+
+def _token(state: AppState, output: TokenOutput, text: str | None = None) -> dict[str, Any]:
+    if text is None:
+        text = state.engine.tokenizer.decode([output.token_id])
+    return {"id": output.token_id, "text": text, "logprob": output.logprob, "special": output.special}
+
+
+def _details(row: Row, target: Target) -> dict[str, Any]:
+    stream = row.stream
+    return {
+        "finish_reason": stream.finish_reason,
+        "generated_tokens": stream.num_generated_tokens,
+        "seed": stream.seed,
+        "task": target.task,
+        "version": target.version.version if target.version else None,
+        "prompt_tokens": stream.num_prompt_tokens,
+        "virtual_tokens": stream.num_virtual_tokens,
+        "cached_tokens": stream.num_cached_tokens,
+    }

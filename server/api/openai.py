@@ -1,0 +1,267 @@
+"""OpenAI's routes: completions, chat completions, models. `model` is a task or the base model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from prefix_store.errors import NotFoundError
+from server.api.errors import RequestError, openai_error, status_of
+from server.api.rows import Row, answer_headers, start_row, while_connected
+from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
+from server.api.state import TENANT, AppState, State, Target
+from server.engine.errors import EngineError
+from server.engine.sampling_params import SamplingParams
+from server.engine.sequence import TokenOutput
+
+router = APIRouter(tags=["openai"])
+MAX_DEFAULT_CHAT_TOKENS = 512
+DONE = "data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The fields that every chunk and answer of one request shares."""
+
+    state: AppState
+    target: Target
+    model: str
+    id: str
+    kind: str  # text_completion, chat.completion
+    created_s: int
+
+    def body(self, choices: list[dict[str, Any]], *, is_chunk: bool = False) -> dict[str, Any]:
+        version = self.target.version
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk" if is_chunk and self.kind == "chat.completion" else self.kind,
+            "created": self.created_s,
+            "model": self.model,
+            "system_fingerprint": str(version.version) if version else self.state.engine.shape.fingerprint[:12],
+            "choices": choices,
+        }
+
+
+@router.post("/v1/completions", summary="Complete a text")
+async def completions(request: Request, state: State, body: CompletionRequest) -> Response:
+    """OpenAI's completions; `n`, `logprobs`, `stream`, `stream_options.include_usage`."""
+    return await _answer(request, state, body, body.text, body.max_tokens or 16, body.logprobs, "text_completion")
+
+
+@router.post("/v1/chat/completions", summary="Answer a conversation")
+async def chat_completions(request: Request, state: State, body: ChatRequest) -> Response:
+    """OpenAI's chat, through the model's chat template."""
+    state.check_room()
+    messages = [message.as_template_input() for message in body.messages]
+    prompt = await asyncio.to_thread(_template, state, messages)
+    limit = body.max_completion_tokens or body.max_tokens
+    target = await _target(state, body.model)
+    if limit is None:
+        virtual = target.prefix.num_virtual_tokens if target.prefix else 0
+        limit = max(1, min(MAX_DEFAULT_CHAT_TOKENS, state.engine.max_context - virtual - len(prompt)))
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    return await _answer(request, state, body, prompt, limit, top, "chat.completion")
+
+
+@router.get("/v1/models", summary="The base model and the tasks")
+async def models(state: State) -> dict[str, Any]:
+    listed = [_model(state, state.model_name, 0)]
+    after = ""
+    while tasks := await asyncio.to_thread(state.store.list_tasks, TENANT, 1000, after):
+        listed += [_model(state, task.name, int(task.versions[-1].created_at_s)) for task in tasks if task.versions]
+        after = tasks[-1].name
+    return {"object": "list", "data": listed}
+
+
+@router.get("/v1/models/{model:path}", summary="One of them")
+async def model(state: State, model: str) -> dict[str, Any]:
+    target = await _target(state, model)
+    return _model(state, model, int(target.version.created_at_s) if target.version else 0)
+
+
+def _model(state: AppState, name: str, created_s: int) -> dict[str, Any]:
+    parent = None if name in state.model_names else state.model_name
+    return {"id": name, "object": "model", "created": created_s, "owned_by": "prefixserve", "parent": parent}
+
+
+async def _target(state: AppState, name: str) -> Target:
+    try:
+        return await state.resolve_task(None if name in state.model_names else name)
+    except NotFoundError as error:
+        raise RequestError(404, f"the model {name[:140]!r} does not exist", "model") from error
+
+
+def _template(state: AppState, messages: list[dict[str, str]]) -> list[int]:
+    tokenizer = state.engine.tokenizer
+    if not tokenizer.chat_template:
+        raise RequestError(422, "the model has no chat template; use /v1/completions")
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template raises what it likes for a conversation that it does not know
+        raise RequestError(422, f"the model's chat template refuses these messages: {error}", "messages") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+async def _answer(
+    request: Request,
+    state: AppState,
+    body: OpenAIRequest,
+    prompt: str | list[int],
+    max_new_tokens: int,
+    num_top_logprobs: int | None,
+    kind: str,
+) -> Response:
+    target = await _target(state, body.model)
+    params = [body.sampling_params(max_new_tokens, num_top_logprobs, i) for i in range(body.n or 1)]
+    rows = await _start_rows(request, state, prompt, params, target)
+    prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
+    reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()))
+    if body.stream:
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return StreamingResponse(
+            _events(reply, rows, with_usage),
+            headers=answer_headers(target, rows[0].stream) | {"Cache-Control": "no-store"},
+            media_type="text/event-stream",
+        )
+    try:
+        finished = await while_connected(request, _finish_all(rows))
+    finally:
+        for row in rows:
+            row.stream.abort()
+    choices = []
+    for i, (row, outputs) in enumerate(zip(rows, finished, strict=True)):
+        text = row.stream.generated_text
+        choice: dict[str, Any] = {"index": i, "finish_reason": _reason(outputs[-1]), "logprobs": None}
+        if params[i].num_top_logprobs is not None:
+            choice["logprobs"] = _logprobs(reply, outputs)
+        if kind == "text_completion":
+            choice["text"] = text
+        else:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        choices.append(choice)
+    return JSONResponse({**reply.body(choices), "usage": _usage(rows)}, headers=answer_headers(target, rows[0].stream))
+
+
+async def _start_rows(
+    request: Request, state: AppState, prompt: str | list[int], params: list[SamplingParams], target: Target
+) -> list[Row]:
+    """All or none. One row waits by itself; several start together."""
+    if len(params) == 1:
+        return [await start_row(state, request, prompt, params[0], target)]
+    streams = []
+    try:
+        for one in params:
+            streams.append(
+                await state.engine.generate(prompt, one, target.prefix, state.row_id(request.state.request_id))
+            )
+
+        async def firsts() -> list[TokenOutput]:
+            return [await anext(stream) for stream in streams]
+
+        return [
+            Row(stream, first) for stream, first in zip(streams, await while_connected(request, firsts()), strict=True)
+        ]
+    except BaseException:
+        for stream in streams:
+            stream.abort()
+        raise
+
+
+async def _finish_all(rows: list[Row]) -> list[list[TokenOutput]]:
+    return [await row.finish() for row in rows]
+
+
+async def _events(reply: Reply, rows: list[Row], with_usage: bool) -> AsyncIterator[str]:
+    merged: asyncio.Queue[tuple[int, TokenOutput | EngineError]] = asyncio.Queue()
+    is_chat = reply.kind == "chat.completion"
+
+    async def pump(index: int, row: Row) -> None:
+        try:
+            async for output in row.outputs():
+                merged.put_nowait((index, output))
+        except EngineError as error:
+            merged.put_nowait((index, error))
+
+    def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
+        usage = {"usage": None} if with_usage else {}
+        return f"data: {json.dumps({**reply.body(choices, is_chunk=True), **usage, **more}, ensure_ascii=False)}\n\n"
+
+    def choice(index: int, text: str, reason: str | None, logprobs: Any, **delta: str) -> dict[str, Any]:
+        content: dict[str, Any] = {"delta": {**delta, "content": text}} if is_chat else {"text": text}
+        return {"index": index, **content, "finish_reason": reason, "logprobs": logprobs}
+
+    pumps = [asyncio.create_task(pump(i, row)) for i, row in enumerate(rows)]
+    num_running = len(rows)
+    try:
+        if is_chat:
+            for i in range(len(rows)):
+                yield chunk([choice(i, "", None, None, role="assistant")])
+        while num_running:
+            index, output = await merged.get()
+            if isinstance(output, EngineError):
+                yield f"data: {json.dumps({'error': openai_error(status_of(output), str(output))})}\n\n"
+                return
+            num_running -= output.finish_reason is not None
+            logprobs = _logprobs(reply, [output]) if output.logprob is not None else None
+            reason = _reason(output) if output.finish_reason else None
+            if output.text or logprobs or reason:
+                yield chunk([choice(index, output.text, reason, logprobs)])
+        if with_usage:
+            yield chunk([], usage=_usage(rows))
+        yield DONE
+    finally:
+        for task in pumps:
+            task.cancel()
+        for row in rows:
+            row.stream.abort()
+
+
+def _reason(output: TokenOutput) -> str:
+    return "length" if output.finish_reason == "length" else "stop"
+
+
+def _usage(rows: list[Row]) -> dict[str, Any]:
+    prompt = rows[0].stream.num_prompt_tokens
+    generated = sum(row.stream.num_generated_tokens for row in rows)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": rows[0].stream.num_cached_tokens},
+    }
+
+
+def _logprobs(reply: Reply, outputs: list[TokenOutput]) -> dict[str, Any]:
+    decode: Callable[[list[int]], str] = reply.state.engine.tokenizer.decode
+    if reply.kind == "chat.completion":
+
+        def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+            text = decode([token_id])
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        return {
+            "content": [
+                {
+                    **entry(output.token_id, output.logprob),
+                    "top_logprobs": [entry(token_id, value) for token_id, value in output.top_logprobs],
+                }
+                for output in outputs
+            ],
+            "refusal": None,
+        }
+    texts = [decode([output.token_id]) for output in outputs]
+    offsets = [sum(len(text) for text in texts[:i]) for i in range(len(texts))]
+    return {
+        "tokens": texts,
+        "token_logprobs": [output.logprob for output in outputs],
+        "top_logprobs": [{decode([i]): value for i, value in output.top_logprobs} for output in outputs],
+        "text_offset": offsets,
+    }

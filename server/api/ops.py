@@ -1,0 +1,69 @@
+"""For operators: health, readiness, what is served, metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from server.api.state import State
+
+router = APIRouter(tags=["ops"])
+
+
+@router.get("/healthz", summary="The engine's loop beats")
+@router.get("/health", summary="As /healthz", operation_id="health_tgi")
+async def healthz(state: State) -> Response:
+    if state.engine.is_healthy:
+        return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "the engine's loop has stopped"}, 503)
+
+
+@router.get("/readyz", summary="Ready for requests")
+async def readyz(state: State) -> Response:
+    """503 before the model is loaded and the registry seen, and from a stop signal on."""
+    if state.is_ready:
+        return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "stopping" if state.is_draining else "not ready"}, 503)
+
+
+@router.get("/info", summary="What is served")
+async def info(state: State) -> dict[str, Any]:
+    """The model, its fingerprint, and the limits."""
+    shape, settings, stats = state.engine.shape, state.settings, state.engine.stats()
+    return {
+        "model_id": shape.model_name,
+        "model_aliases": list(shape.model_aliases),
+        "model_dtype": str(shape.dtype).removeprefix("torch."),
+        "model_device_type": settings.device.partition(":")[0],
+        "fingerprint": shape.fingerprint,
+        "num_layers": shape.num_layers,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_size": shape.hidden_size,
+        "max_total_tokens": state.engine.max_context,
+        "max_virtual_tokens": shape.max_virtual_tokens,
+        "max_concurrent_requests": settings.max_queued,
+        "max_rows": settings.max_rows,
+        "max_step_tokens": settings.max_step_tokens,
+        "max_upload_bytes": int(settings.max_upload_bytes),
+        "block_size": stats.block_size,
+        "kv_blocks": stats.kv_blocks_total,
+        "prefix_bytes": stats.prefix_bytes_total,
+        "version": _own_version(),
+    }
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(state: State) -> Response:
+    return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _own_version() -> str:
+    try:
+        return version("prefixserve")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

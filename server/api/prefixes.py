@@ -1,0 +1,259 @@
+"""Prefixes as resources: upload, list, describe, activate, pin, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
+
+from prefix_store.local_files import CONFIG, WEIGHTS
+from prefix_store.prefix import Prefix
+from prefix_store.registry import Precondition, Task, Version
+from prefix_store.store import Published
+from server.api.errors import RequestError
+from server.api.schemas import ActivateRequest
+from server.api.state import TENANT, AppState, State, ref_of
+
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+NATIVE_TYPES = (
+    "application/octet-stream",
+    "application/safetensors",
+    "application/x-safetensors",
+    "application/vnd.safetensors",
+)
+IfMatch = Annotated[str | None, Header(alias="If-Match", description="The task's revision (a version's digest).")]
+IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description="`*`: only if there is none yet.")]
+ETAG = re.compile(r'"([^"]*)"|(\*)')
+UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": [CONFIG, WEIGHTS],
+                    "properties": {name: {"type": "string", "format": "binary"} for name in (CONFIG, WEIGHTS)},
+                }
+            },
+        },
+    }
+}
+
+
+@router.put("/{task}", summary="Upload a new version", status_code=201, openapi_extra=UPLOAD_BODY)
+async def upload(
+    request: Request,
+    state: State,
+    task: str,
+    index: Annotated[int | None, Query(ge=0, description="One task of a multitask file.")] = None,
+    note: Annotated[str, Query(max_length=200)] = "",
+    activate: Annotated[Literal["auto", "true", "false"], Query()] = "auto",
+    accept_base: Annotated[bool, Query(description="Store it although it names another base model.")] = False,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """A native `.safetensors` body, or multipart with PEFT's two files. 201 with the manifest; known content is 200."""
+    state.store.check_name(task)
+    precondition = _precondition(if_match, if_none_match)
+    async with state.uploads:
+        prefix = await _read(request, state, index)
+        base = state.store.match_base(prefix, accept_base)
+        await state.engine.check(prefix)
+        wanted = {"auto": None, "true": True, "false": False}[activate]
+
+        def publish() -> Published:
+            return state.store.publish(
+                TENANT, task, prefix, base=base, note=note, activate=wanted, precondition=precondition
+            )
+
+        published = await asyncio.to_thread(publish)
+    await state.sync_pins()
+    headers = {
+        "ETag": f'"{published.task.revision}"',
+        "Location": f"/v1/prefixes/{task}/versions/{published.version.version}",
+    }
+    return JSONResponse(_manifest(state, published.task, published.version), 201 if published.is_new else 200, headers)
+
+
+@router.get("", summary="List tasks by name")
+async def list_tasks(
+    state: State,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str, Query(max_length=64, description="The last name of the page before.")] = "",
+) -> dict[str, Any]:
+    tasks = await asyncio.to_thread(state.store.list_tasks, TENANT, limit + 1, after)
+    page = tasks[:limit]
+    return {
+        "prefixes": [_described(state, task) for task in page],
+        "next": page[-1].name if len(tasks) > limit else None,
+    }
+
+
+@router.get("/{task}", summary="Describe a task")
+async def describe(state: State, task: str) -> Response:
+    found = await asyncio.to_thread(state.store.get_task, TENANT, task)
+    return _task_response(state, found)
+
+
+@router.get("/{task}/versions/{version}", summary="Describe a version")
+async def describe_version(state: State, task: str, version: str) -> Response:
+    found = await asyncio.to_thread(state.store.get_task, TENANT, task)
+    one = await asyncio.to_thread(state.store.get_version, TENANT, task, version)
+    return JSONResponse(_manifest(state, found, one), headers={"ETag": f'"{one.digest}"'})
+
+
+@router.get("/{task}/versions/{version}/file", summary="The native file", response_class=Response)
+async def download(state: State, task: str, version: str) -> Response:
+    one = await asyncio.to_thread(state.store.get_version, TENANT, task, version)
+    body = await asyncio.to_thread(state.store.file_bytes, one)
+    disposition = f'attachment; filename="{task}-{one.version}.safetensors"'
+    headers = {"ETag": f'"{one.digest}"', "Content-Disposition": disposition}
+    return Response(body, media_type="application/octet-stream", headers=headers)
+
+
+@router.post("/{task}/activate", summary="Make a version live; `previous` rolls back")
+async def activate(state: State, task: str, body: ActivateRequest, if_match: IfMatch = None) -> Response:
+    found = await asyncio.to_thread(
+        state.store.activate, TENANT, task, str(body.version), _precondition(if_match, None)
+    )
+    await state.sync_pins()
+    return _task_response(state, found)
+
+
+@router.post("/{task}/pin", summary="Make it resident and keep it so")
+async def pin(state: State, task: str) -> Response:
+    version = await asyncio.to_thread(state.store.resolve, TENANT, _name(task))
+    await state.engine.preload(ref_of(version))
+    found = await asyncio.to_thread(state.store.set_pinned, TENANT, task, True)
+    await state.sync_pins()
+    return _task_response(state, found)
+
+
+@router.post("/{task}/unpin", summary="Let it be evicted again")
+async def unpin(state: State, task: str) -> Response:
+    found = await asyncio.to_thread(state.store.set_pinned, TENANT, _name(task), False)
+    await state.sync_pins()
+    return _task_response(state, found)
+
+
+@router.post("/{task}/preload", summary="Make it resident now")
+async def preload(state: State, task: str) -> Response:
+    version = await asyncio.to_thread(state.store.resolve, TENANT, task)
+    await state.engine.preload(ref_of(version))
+    return _task_response(state, await asyncio.to_thread(state.store.get_task, TENANT, version.task))
+
+
+@router.delete("/{task}", summary="Delete a task and all its versions", status_code=204)
+async def delete_task(state: State, task: str, if_match: IfMatch = None) -> Response:
+    gone = await asyncio.to_thread(state.store.delete_task, TENANT, task, _precondition(if_match, None))
+    await state.sync_pins()
+    await state.free(gone.versions)
+    return Response(status_code=204)
+
+
+@router.delete("/{task}/versions/{version}", summary="Delete a version that is not active", status_code=204)
+async def delete_version(state: State, task: str, version: str, if_match: IfMatch = None) -> Response:
+    gone = await asyncio.to_thread(state.store.delete_version, TENANT, task, version, _precondition(if_match, None))
+    await state.free((gone,))
+    return Response(status_code=204)
+
+
+async def _read(request: Request, state: AppState, index: int | None) -> Prefix:
+    """The upload as a validated prefix; nothing is stored yet."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        config, weights = await _parts(request)
+        return await asyncio.to_thread(state.store.parse_peft, config, weights, index)
+    if kind not in NATIVE_TYPES:
+        raise RequestError(
+            415, f"Content-Type must be multipart/form-data or one of {', '.join(NATIVE_TYPES)}, got {kind[:80]!r}"
+        )
+    if index is not None:
+        raise RequestError(422, "index picks a task of a PEFT multitask file; a native file has one")
+    return await asyncio.to_thread(state.store.parse_native, await request.body())
+
+
+async def _parts(request: Request) -> tuple[bytes, bytes]:
+    found: dict[str, bytes] = {}
+    async with request.form(max_files=4, max_fields=4) as form:
+        for name, part in form.multi_items():
+            if name not in (CONFIG, WEIGHTS):
+                raise RequestError(422, f"multipart parts must be {CONFIG} and {WEIGHTS}, got {name[:80]!r}")
+            if name in found:
+                raise RequestError(422, f"multipart part {name} came twice")
+            found[name] = await part.read() if isinstance(part, UploadFile) else part.encode()
+    for name in (CONFIG, WEIGHTS):
+        if name not in found:
+            raise RequestError(422, f"multipart part {name} is missing")
+    return found[CONFIG], found[WEIGHTS]
+
+
+def _precondition(if_match: str | None, if_none_match: str | None) -> Precondition:
+    if if_none_match not in (None, "*"):
+        raise RequestError(422, f"If-None-Match must be *, got {str(if_none_match)[:80]!r}")
+    if if_match is None:
+        return Precondition(must_be_new=if_none_match is not None)
+    parts = [part.strip() for part in if_match.split(",")]
+    matches = [ETAG.fullmatch(part) for part in parts]
+    if not all(matches):
+        raise RequestError(422, f'If-Match must be "ETAG", a list of them, or *; got {if_match[:80]!r}')
+    return Precondition(frozenset(m.group(1) or m.group(2) or "" for m in matches if m), if_none_match is not None)
+
+
+def _name(task: str) -> str:
+    """Residency is of the task, never of one version by hand."""
+    if "@" in task:
+        raise RequestError(422, f"pin and unpin take a task and follow its active version, got {task[:80]!r}")
+    return task
+
+
+def _task_response(state: AppState, task: Task) -> JSONResponse:
+    return JSONResponse(_described(state, task), headers={"ETag": f'"{task.revision}"'})
+
+
+def _described(state: AppState, task: Task) -> dict[str, Any]:
+    active = next((version for version in task.versions if version.version == task.active), None)
+    return {
+        "task": task.name,
+        "revision": task.revision,
+        "active": task.active,
+        "previous": task.previous,
+        "pinned": task.is_pinned,
+        "residency": state.engine.residency(active.digest) if active else "cold",
+        "resident_bytes": sum({v.digest: state.engine.resident_bytes(v.digest) for v in task.versions}.values()),
+        "versions": [_version(state, version) for version in task.versions],
+    }
+
+
+def _manifest(state: AppState, task: Task, version: Version) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        **_version(state, version),
+        "active": task.active,
+        "previous": task.previous,
+        "revision": task.revision,
+    }
+
+
+def _version(state: AppState, version: Version) -> dict[str, Any]:
+    return {
+        "version": version.version,
+        "digest": version.digest,
+        "kind": version.kind,
+        "placement": "prefix",
+        "num_virtual_tokens": version.num_virtual_tokens,
+        "num_bytes": version.num_bytes,
+        "device_bytes": state.engine.bytes_on_device(version.num_virtual_tokens),
+        "base": version.base,
+        "base_model": version.base_model,
+        "fingerprint": version.fingerprint,
+        "status": "ok" if state.store.is_compatible(version) else "incompatible",
+        "residency": state.engine.residency(version.digest),
+        "note": version.note,
+        "created_at_s": version.created_at_s,
+    }

@@ -1,0 +1,232 @@
+"""What comes over the wire. A field that is known and not served may be null or neutral; else it is refused by name."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from server.engine.sampling_params import SamplingParams
+
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Stops = Annotated[list[StopText], Field(max_length=16)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MAX_CHOICES = 16
+
+
+class WireModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+def refuse(values: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
+    """Refuse fields that are not served and have another value than null or a neutral one."""
+    if isinstance(values, dict):
+        for name, allowed in neutral.items():
+            value = values.get(name)
+            if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
+                raise ValueError(f"{name} is not supported by this server, got {str(value)[:60]!r}")
+        return {name: value for name, value in values.items() if name not in neutral}
+    return values
+
+
+class GenerateParameters(WireModel):
+    """TGI's parameters. Sampling is on with `do_sample`, or, as in TGI, when it is left out and a warper is given."""
+
+    max_new_tokens: int | None = Field(None, ge=1, le=2**20)
+    do_sample: bool | None = None
+    temperature: float | None = Field(None, gt=0, le=100)
+    top_k: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    seed: Seed | None = None
+    stop: Stops | None = None
+    return_full_text: bool | None = None
+    details: bool | None = None
+    ignore_eos: bool | None = None
+    adapter_id: str | None = None
+    raw: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, values: Any) -> Any:
+        return refuse(
+            values,
+            {
+                "best_of": (1,),
+                "decoder_input_details": (False,),
+                "frequency_penalty": (0, 0.0),
+                "grammar": (),
+                "top_n_tokens": (0,),
+                "truncate": (),
+                "typical_p": (1, 1.0),
+                "watermark": (False,),
+                "response_format": (),
+                "constrain": (),
+            },
+        )
+
+    def sampling_params(self) -> SamplingParams:
+        warps = self.temperature not in (None, 1.0) or bool(self.top_k) or self.top_p not in (None, 1.0)
+        do_sample = warps if self.do_sample is None else self.do_sample
+        seed = self.seed
+        if do_sample and seed is None:
+            seed = secrets.randbits(63)
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens or 128,
+            do_sample=do_sample,
+            temperature=self.temperature or 1.0,
+            top_k=self.top_k or 0,
+            top_p=self.top_p or 1.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            seed=seed,
+            stop=tuple(self.stop or ()),
+            ignore_eos=bool(self.ignore_eos),
+            num_top_logprobs=0 if self.details else None,
+        )
+
+
+class GenerateRequest(WireModel):
+    """`POST /generate`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": "A fine film.\nSentiment:", "parameters": {"max_new_tokens": 4}}]}
+    )
+    inputs: str = Field(min_length=1)
+    parameters: GenerateParameters | None = None
+    stream: bool | None = None
+
+
+class StreamOptions(WireModel):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class OpenAIRequest(WireModel):
+    """What completions and chat share. Sampling is on unless `temperature` is 0."""
+
+    model: str = Field(min_length=1, max_length=200)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    seed: Seed | None = None
+    stop: StopText | Stops | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    user: str | None = Field(None, max_length=512)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, values: Any) -> Any:
+        return refuse(
+            values,
+            {
+                "frequency_penalty": (0, 0.0),
+                "presence_penalty": (0, 0.0),
+                "logit_bias": ({},),
+                "best_of": (1,),
+                "echo": (False,),
+                "suffix": ("",),
+                "tools": ([],),
+                "tool_choice": ("none",),
+                "response_format": ({"type": "text"},),
+                "parallel_tool_calls": (),
+                "functions": (),
+                "function_call": (),
+                "modalities": (["text"],),
+                "audio": (),
+                "prediction": (),
+                "reasoning_effort": (),
+                "service_tier": ("auto", "default"),
+                "store": (False,),
+                "metadata": ({},),
+                "web_search_options": (),
+                "verbosity": (),
+            },
+        )
+
+    def sampling_params(self, max_new_tokens: int, num_top_logprobs: int | None, choice: int) -> SamplingParams:
+        do_sample = self.temperature != 0
+        seed = secrets.randbits(62) if self.seed is None else self.seed
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=self.temperature or 1.0,
+            top_k=max(self.top_k or 0, 0),
+            top_p=self.top_p or 1.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            seed=seed + choice if do_sample else None,
+            stop=tuple(stop),
+            include_stop=False,
+            ignore_eos=bool(self.ignore_eos),
+            num_top_logprobs=num_top_logprobs,
+        )
+
+
+class CompletionRequest(OpenAIRequest):
+    """`POST /v1/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "films", "prompt": "A fine film.\nSentiment:", "max_tokens": 4}]}
+    )
+    prompt: str | list[str]
+    max_tokens: int | None = Field(None, ge=1, le=2**20)
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> CompletionRequest:
+        if isinstance(self.prompt, list) and len(self.prompt) != 1:
+            raise ValueError(f"prompt must be one text, got a list of {len(self.prompt)}")
+        return self
+
+    @property
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+
+class TextPart(WireModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(WireModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def as_template_input(self) -> dict[str, str]:
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(OpenAIRequest):
+    """`POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "films", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}]
+        }
+    )
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    max_tokens: int | None = Field(None, ge=1, le=2**20)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**20)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _logprobs_first(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+
+class ActivateRequest(WireModel):
+    """`POST /v1/prefixes/T/activate`: a number, 12 or more hex digits of the digest, or `previous`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 2}, {"version": "previous"}]})
+    version: int | Annotated[str, StringConstraints(min_length=1, max_length=64)]

@@ -1,0 +1,118 @@
+"""From settings to a finished AppState: model, pools, engine, store. The one place where they are put together."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import structlog
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from prefix_store.blobs import Blobs
+from prefix_store.prefix import ModelShape
+from prefix_store.sqlite_registry import SqliteRegistry
+from prefix_store.store import PrefixStore
+from server.api.app import serve
+from server.api.state import AppState
+from server.config import Settings
+from server.engine.async_engine import AsyncEngine
+from server.engine.engine import Engine, split_pool
+from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes
+from server.engine.model_runner import ModelRunner, load_model, measure_shape, native_dtype
+from server.engine.self_check import self_check
+from server.errors import StartError
+from server.metrics import Metrics
+from server.model_files import ModelFiles, fetch_model, fingerprint
+
+DEFAULT_ROW_TOKENS = 1024  # KV memory a row has on average, where `kv_bytes` is not given
+DEFAULT_PREFIX_BYTES = 512 * 2**20
+
+
+def make_state(settings: Settings, files: ModelFiles) -> AppState:
+    """Load the model of `files`, check it, and build everything on it. Raises StartError, ModelRefusedError."""
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError as error:
+        raise StartError(f"device must be cpu, cuda or cuda:N, got {settings.device!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StartError(f"device {settings.device!r} was asked for, this torch sees no CUDA device")
+    model = load_model(files.path, native_dtype(settings.dtype, device), device)
+    shape = measure_shape(
+        model,
+        settings.model_name or files.name,
+        fingerprint(files.path),
+        settings.model_alias,
+        settings.max_virtual_tokens,
+    )
+    self_check(model, shape)
+    num_blocks, num_prefix_blocks = _pool(settings, shape)
+    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, device))
+    tokenizer = AutoTokenizer.from_pretrained(files.path)
+    store = PrefixStore(
+        SqliteRegistry(settings.data_dir / "registry.sqlite"), Blobs(settings.data_dir / "blobs"), shape
+    )
+    engine = Engine(
+        runner,
+        store.load,
+        num_prefix_blocks=num_prefix_blocks,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        special_token_ids=frozenset(tokenizer.all_special_ids),
+        max_rows=settings.max_rows,
+        max_step_tokens=settings.max_step_tokens,
+        max_queue_s=settings.max_queue_s,
+        executor=ThreadPoolExecutor(max_workers=1, thread_name_prefix="load"),
+    )
+    metrics = Metrics()
+    return AppState(
+        settings=settings,
+        engine=AsyncEngine(engine, tokenizer, metrics, max_queued=settings.max_queued),
+        store=store,
+        metrics=metrics,
+    )
+
+
+def run(settings: Settings, console: Console) -> None:
+    """Fetch the model if need be, load it, and serve until a signal."""
+    _set_up_logs(settings.log_json)
+    with console.status("looking for the model") as status:
+        files = fetch_model(settings.model, settings.model_revision, status.update)
+        status.update(f"loading {files.name}")
+        state = make_state(settings, files)
+    asyncio.run(serve(state))
+    state.store.close()
+
+
+def _set_up_logs(log_json: bool) -> None:
+    renderer: Any = structlog.processors.JSONRenderer() if log_json else structlog.dev.ConsoleRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _pool(settings: Settings, shape: ModelShape) -> tuple[int, int]:
+    """Blocks of the whole pool and of its prefix part."""
+    token_bytes = block_bytes(shape) // BLOCK_SIZE
+    row_tokens = min(DEFAULT_ROW_TOKENS, shape.max_positions)
+    kv_tokens = settings.max_rows * row_tokens if settings.kv_bytes is None else int(settings.kv_bytes) // token_bytes
+    prefix_bytes = DEFAULT_PREFIX_BYTES if settings.prefix_bytes is None else int(settings.prefix_bytes)
+    if kv_tokens < BLOCK_SIZE or prefix_bytes < token_bytes * BLOCK_SIZE:
+        raise StartError(f"kv_bytes and prefix_bytes must hold one block of {token_bytes * BLOCK_SIZE} bytes at least")
+    return split_pool(kv_tokens // BLOCK_SIZE * BLOCK_SIZE, prefix_bytes // token_bytes // BLOCK_SIZE * BLOCK_SIZE)
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Of the generation config, where it has them, else of the tokenizer."""
+    found = model.generation_config.eos_token_id
+    ids = found if isinstance(found, list) else [found]
+    return frozenset(i for i in ids if i is not None) or frozenset(i for i in [tokenizer.eos_token_id] if i is not None)

@@ -1,0 +1,126 @@
+"""A real server on a free loopback port: a tiny random Llama, a byte-level tokenizer, a real store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prefix_store.native_format import write_native
+from prefix_store.prefix import Prefix
+from server.api.app import create_app
+from server.api.state import AppState
+from server.config import Settings
+from server.model_files import ModelFiles
+from server.start import make_state
+
+NAME = "tiny"
+LAYERS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 2, 8, 32
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' and loop.first %}"
+    "{{ raise_exception('the user speaks first') }}{% endif %}"
+    "<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model whose answers are varied: 256 bytes and two special tokens, 256 positions."""
+    path = tmp_path_factory.mktemp("model") / NAME
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@dataclass(frozen=True)
+class Served:
+    url: str
+    state: AppState
+    http: httpx.Client
+
+    def generate(self, inputs: str, task: str | None = None, **parameters: object) -> httpx.Response:
+        query = {} if task is None else {"task": task}
+        return self.http.post("/generate", params=query, json={"inputs": inputs, "parameters": parameters})
+
+    def put(self, task: str, body: bytes, **query: str) -> httpx.Response:
+        return self.http.put(f"/v1/prefixes/{task}", params=query, content=body, headers={"Content-Type": NATIVE})
+
+
+NATIVE = "application/octet-stream"
+
+
+def settings_for(data_dir: Path, **more: object) -> Settings:
+    return Settings.model_validate(
+        {"port": 0, "data_dir": data_dir, "dtype": "float32", "max_rows": 8, "max_queued": 16, "model_alias": ("mini",)}
+        | {"prefix_bytes": 64 * 4096, "max_upload_bytes": 2**20, "max_virtual_tokens": 64}
+        | more
+    )
+
+
+def serve_in_thread(state: AppState) -> Iterator[Served]:
+    server = uvicorn.Server(uvicorn.Config(create_app(state), host="127.0.0.1", port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline_s = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline_s, "the server did not start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, timeout=30) as http:
+            yield Served(url, state, http)
+    finally:
+        server.should_exit = True
+        thread.join()
+        state.store.close()
+
+
+@pytest.fixture(scope="session")
+def served(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    settings = settings_for(tmp_path_factory.mktemp("data"))
+    yield from serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))
+
+
+def native(seed: int, num_virtual_tokens: int = 5, **fields: str) -> bytes:
+    """A native KV prefix for the tiny model."""
+    generator = torch.Generator().manual_seed(seed)
+    kv = torch.randn(LAYERS, 2, KV_HEADS, num_virtual_tokens, HEAD_DIM, generator=generator)
+    layers = {layer: (kv[layer, 0], kv[layer, 1]) for layer in range(LAYERS)}
+    return write_native(Prefix("kv", layers=layers, **fields))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def films(served: Served) -> str:
+    """A task with two versions, the second active."""
+    for seed in (1, 2):
+        assert served.put("films", native(seed)).status_code == 201
+    return "films"
