@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import (
     PeftConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -130,10 +131,22 @@ def quality(model: Any, tokenizer: Any, examples: list[Example]) -> dict[str, fl
     return {"exact": round(exact / len(examples), 3), "words": round(words / len(examples), 3)}
 
 
+def measure(task: str, model: Any, bare: Any, tokenizer: Any, held_back: list[Example]) -> None:
+    """Write `quality.json` of the task's folder."""
+    measured = {
+        "num_held_back": len(held_back),
+        "bare": quality(bare, tokenizer, held_back),
+        "prefix": quality(model, tokenizer, held_back),
+    }
+    (HERE / "prefixes" / task / "quality.json").write_text(json.dumps(measured, indent=2) + "\n")
+    print(task, measured, flush=True)
+
+
 def main() -> None:
     model_path = str(fetch_model(None, report=print).path)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", default=list(recipes(model_path)))
+    parser.add_argument("--measure", action="store_true", help="Measure what is there; train nothing.")
     arguments = parser.parse_args()
     snippets = fetch_snippets()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -142,10 +155,14 @@ def main() -> None:
         domain = recipes(model_path)[task][0]
         make = restore_examples if task == "restore" else sentiment_examples
         examples, held_back = split(make(snippets[domain]))
+        folder = HERE / "prefixes" / task
+        if arguments.measure:
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path), folder).eval()
+            measure(task, model, bare, tokenizer, held_back)
+            continue
         lines = [json.dumps(example.as_dict(), ensure_ascii=False) for example in held_back]
         (HERE / "held_back" / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
         model = train(task, examples, model_path)
-        folder = HERE / "prefixes" / task
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
@@ -154,13 +171,7 @@ def main() -> None:
         if config.get("tokenizer_name_or_path"):
             config["tokenizer_name_or_path"] = DEFAULT_MODEL_NAME
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        measured = {
-            "num_held_back": len(held_back),
-            "bare": quality(bare, tokenizer, held_back),
-            "prefix": quality(model, tokenizer, held_back),
-        }
-        (folder / "quality.json").write_text(json.dumps(measured, indent=2) + "\n")
-        print(task, measured, flush=True)
+        measure(task, model, bare, tokenizer, held_back)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,9 @@ class PrefixStore:
             raise NotFoundError(f"no task {task[:80]!r}")
         return found
 
+    def has_task(self, tenant: str, task: str) -> bool:
+        return self._registry.get_task(tenant, task) is not None
+
     def get_version(self, tenant: str, task: str, version: str) -> Version:
         """As `resolve`, of whatever model. Raises NotFoundError."""
         return self.get_task(tenant, task).find(_checked(task, version))

@@ -79,14 +79,15 @@ def serve(
     max_virtual_tokens: int | None = None,
     max_upload_bytes: str | None = None,
     log_json: bool | None = None,
+    publish_examples: Annotated[Path | None, typer.Option(help="A folder of PEFT folders, published at start.")] = None,
 ) -> None:
     """Serve on loopback. Fetches the default model if it is missing. Every option is also `PREFIXSERVE_…`."""
-    given = {name: value for name, value in locals().items() if value not in (None, [])}
+    given = {k: v for k, v in locals().items() if v not in (None, []) and k != "publish_examples"}
     with plain_errors():
         settings = Settings(**given)
         from server import start  # torch and transformers take seconds; the other commands do without
 
-        start.run(settings, console)
+        start.run(settings, console, publish_examples)
 
 
 @app.command()
@@ -111,7 +112,7 @@ def push(
             fail(f"expected a PEFT folder or a .safetensors file, found nothing at {path}")
         indexes: list[int | None] = [*range(count_tasks(path))] if every else [index]
         client = Client(url, api_key)
-        done = []
+        done: list[dict[str, Any]] = []
         for one in indexes:
             name = f"{task}-{one}" if every and len(indexes) > 1 else task
             if dry_run:

@@ -135,7 +135,7 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(f"prefixserve_{name}", text, value)
         by_task = GaugeMetricFamily(
             "prefixserve_task_resident_bytes",
-            "Device memory of the largest tasks; the rest is _other.",
+            "Device memory of the largest tasks.",
             labels=["task"],
         )
         ranked = sorted(self._resident_bytes_by_task().items(), key=lambda item: (-item[1], item[0]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -13,11 +15,12 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from prefix_store.blobs import Blobs
+from prefix_store.local_files import CONFIG, peft_files
 from prefix_store.prefix import ModelShape
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from server.api.app import serve
-from server.api.state import AppState
+from server.api.state import TENANT, AppState
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine, split_pool
@@ -75,15 +78,34 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     )
 
 
-def run(settings: Settings, console: Console) -> None:
-    """Fetch the model if need be, load it, and serve until a signal."""
+def run(settings: Settings, console: Console, examples: Path | None = None) -> None:
+    """Fetch the model if need be, load it, publish examples, and serve until a signal."""
     _set_up_logs(settings.log_json)
     with console.status("looking for the model") as status:
         files = fetch_model(settings.model, settings.model_revision, status.update)
         status.update(f"loading {files.name}")
         state = make_state(settings, files)
+    if examples is not None:
+        publish_examples(state.store, examples)
+        body = json.dumps({"inputs": "A warm, funny and moving film.\nSentiment:"})
+        url = f"http://{settings.host}:{settings.port}/generate?task=films"
+        console.print("When it is ready, try:", highlight=False)
+        console.print(
+            f"curl '{url}' -H 'Content-Type: application/json' -d '{body}'",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     asyncio.run(serve(state))
     state.store.close()
+
+
+def publish_examples(store: PrefixStore, folder: Path) -> None:
+    """Every PEFT folder in `folder` as a task of its name, unless there is a task of that name already."""
+    for path in sorted(folder.iterdir()):
+        if (path / CONFIG).is_file() and not store.has_task(TENANT, path.name):
+            prefix = store.parse_peft(*peft_files(path))
+            store.publish(TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
 
 
 def _set_up_logs(log_json: bool) -> None:

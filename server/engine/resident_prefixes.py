@@ -86,6 +86,7 @@ class ResidentPrefixes:
         if error is None:
             resident.state = "ready"
             self.counts.num_loads += 1
+            self.counts.load_s += time.monotonic() - resident.started_s
             return
         self.counts.num_failed_loads += 1
         self._failures[resident.ref.digest] = (time.monotonic(), str(error))

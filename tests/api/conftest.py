@@ -24,6 +24,7 @@ from server.model_files import ModelFiles
 from server.start import make_state
 
 NAME = "tiny"
+NATIVE = "application/octet-stream"
 LAYERS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 2, 8, 32
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' and loop.first %}"
@@ -72,9 +73,6 @@ class Served:
 
     def put(self, task: str, body: bytes, **query: str) -> httpx.Response:
         return self.http.put(f"/v1/prefixes/{task}", params=query, content=body, headers={"Content-Type": NATIVE})
-
-
-NATIVE = "application/octet-stream"
 
 
 def settings_for(data_dir: Path, **more: object) -> Settings:

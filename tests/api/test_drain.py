@@ -1,0 +1,90 @@
+"""A stop signal in a process of its own: what runs is finished, new work refused, exit 0; a second signal is at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+PROGRAM = """
+import asyncio, sys
+from pathlib import Path
+from server.api.app import serve
+from server.config import Settings
+from server.model_files import ModelFiles
+from server.start import make_state
+
+model, data, port = sys.argv[1:]
+settings = Settings(port=int(port), data_dir=Path(data), dtype="float32", max_rows=1, prefix_bytes=2**20)
+asyncio.run(serve(make_state(settings, ModelFiles(Path(model), "tiny"))))
+"""
+LONG = {"inputs": "x", "parameters": {"max_new_tokens": 250, "ignore_eos": True}}
+
+
+@contextmanager
+def process(model_path: Path, data_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", PROGRAM, str(model_path), str(data_dir), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            deadline_s = time.monotonic() + 120
+            while True:
+                assert running.poll() is None
+                assert time.monotonic() < deadline_s
+                try:
+                    if httpx.get(f"{url}/readyz").status_code == 200:
+                        break
+                except httpx.TransportError:  # not listening yet
+                    time.sleep(0.1)
+            yield running, url
+        finally:
+            running.kill()
+
+
+def test_signal_finishes_what_runs_and_refuses_the_rest(model_path: Path, tmp_path: Path) -> None:
+    with process(model_path, tmp_path) as (running, url):
+        with httpx.Client(base_url=url, timeout=60) as http:
+            with http.stream("POST", "/generate_stream", json=LONG) as response:
+                lines = (line for line in response.iter_lines() if line)
+                next(lines)
+                running.send_signal(signal.SIGTERM)
+                while http.get("/readyz").status_code != 503:
+                    pass
+                refused = http.post("/generate", json=LONG)
+                assert refused.status_code == 503
+                assert refused.json()["error_type"] == "overloaded"
+                last = json.loads(list(lines)[-1].removeprefix("data: "))
+                assert last["details"]["generated_tokens"] == 250
+        assert running.wait(20) == 0
+
+
+def test_signal_to_an_idle_server_ends_it(model_path: Path, tmp_path: Path) -> None:
+    with process(model_path, tmp_path) as (running, _):
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 0
+
+
+def test_second_signal_ends_it_at_once(model_path: Path, tmp_path: Path) -> None:
+    with process(model_path, tmp_path) as (running, url):
+        with httpx.Client(base_url=url, timeout=60) as http:
+            streams = [http.send(http.build_request("POST", "/generate_stream", json=LONG), stream=True)]
+            running.send_signal(signal.SIGTERM)
+            while http.get("/readyz").status_code != 503:
+                pass
+            started_s = time.monotonic()
+            running.send_signal(signal.SIGTERM)
+            running.wait(5)
+            assert time.monotonic() - started_s < 3
+            for stream in streams:
+                stream.close()

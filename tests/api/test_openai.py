@@ -1,0 +1,191 @@
+"""OpenAI's routes: shapes, streams, log-probabilities, errors in OpenAI's body."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from conftest import NAME, Served
+
+PROMPT = "A fine film."
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def complete(served: Served, **fields: object) -> httpx.Response:
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 8, "temperature": 0} | fields
+    return served.http.post("/v1/completions", json=body)
+
+
+def chat(served: Served, **fields: object) -> httpx.Response:
+    body = {"model": NAME, "messages": HELLO, "max_tokens": 8, "temperature": 0} | fields
+    return served.http.post("/v1/chat/completions", json=body)
+
+
+def chunks(response: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_completion_equals_generate(served: Served, films: str) -> None:
+    answer = complete(served, model=films).json()
+    assert answer["object"] == "text_completion"
+    assert answer["choices"][0]["text"] == served.generate(PROMPT, films, max_new_tokens=8).json()["generated_text"]
+    assert answer["usage"]["prompt_tokens"] == len(PROMPT)
+    assert answer["usage"]["total_tokens"] == len(PROMPT) + answer["usage"]["completion_tokens"]
+    assert answer["system_fingerprint"]
+
+
+def test_completion_defaults_to_sixteen_sampled_tokens(served: Served) -> None:
+    body = {"model": NAME, "prompt": "x", "ignore_eos": True}
+    answers = [served.http.post("/v1/completions", json=body).json() for _ in range(3)]
+    assert {answer["usage"]["completion_tokens"] for answer in answers} == {16}
+    assert len({answer["choices"][0]["text"] for answer in answers}) > 1
+
+
+def test_seed_repeats_and_choices_differ(served: Served) -> None:
+    fields = {"temperature": 1.5, "seed": 11, "n": 3, "max_tokens": 12}
+    first, again = (complete(served, **fields).json()["choices"] for _ in range(2))
+    assert first == again
+    assert [choice["index"] for choice in first] == [0, 1, 2]
+    assert len({choice["text"] for choice in first}) == 3
+
+
+def test_stream_joins_to_the_whole_answer_for_every_choice(served: Served, films: str) -> None:
+    fields = {"model": films, "temperature": 1.0, "seed": 5, "n": 2, "max_tokens": 20}
+    whole = complete(served, **fields).json()
+    found = chunks(complete(served, **fields, stream=True, stream_options={"include_usage": True}))
+    usage = found.pop()
+    assert usage["choices"] == []
+    assert usage["usage"] == whole["usage"]
+    for index in range(2):
+        mine = [chunk["choices"][0] for chunk in found if chunk["choices"][0]["index"] == index]
+        assert "".join(choice["text"] for choice in mine) == whole["choices"][index]["text"]
+        assert [choice["finish_reason"] for choice in mine if choice["finish_reason"]] == [
+            whole["choices"][index]["finish_reason"]
+        ]
+    assert all(chunk["usage"] is None for chunk in found)
+
+
+def test_stop_is_left_out(served: Served) -> None:
+    whole = complete(served, max_tokens=40, ignore_eos=True).json()["choices"][0]["text"]
+    stop = next(c for c in whole[3:] if c.isascii() and c.isprintable() and c not in whole[:3])
+    for value in (stop, [stop]):
+        choice = complete(served, max_tokens=40, stop=value, ignore_eos=True).json()["choices"][0]
+        assert choice["text"] == whole[: whole.index(stop)]
+        assert choice["finish_reason"] == "stop"
+
+
+def test_completion_logprobs(served: Served) -> None:
+    logprobs = complete(served, logprobs=3, ignore_eos=True).json()["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["text_offset"]) == 8
+    for logprob, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
+        assert logprob == pytest.approx(max(top.values()))  # greedy
+    assert complete(served).json()["choices"][0]["logprobs"] is None
+
+
+def test_chat_goes_through_the_models_template(served: Served) -> None:
+    answer = chat(served, max_tokens=10).json()
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["usage"]["prompt_tokens"] == len("user: Hello") + 3 + len("assistant:")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]
+    assert chat(served, max_tokens=10, messages=parts).json()["choices"] == answer["choices"]
+
+
+def test_chat_stream_joins_to_the_whole_answer(served: Served, films: str) -> None:
+    whole = chat(served, model=films, max_tokens=20).json()["choices"][0]
+    found = chunks(chat(served, model=films, max_tokens=20, stream=True))
+    assert found[0]["object"] == "chat.completion.chunk"
+    assert found[0]["choices"][0]["delta"]["role"] == "assistant"
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in found)
+    assert text == whole["message"]["content"]
+    assert found[-1]["choices"][0]["finish_reason"] == whole["finish_reason"]
+
+
+def test_chat_logprobs(served: Served) -> None:
+    content = chat(served, logprobs=True, top_logprobs=4, ignore_eos=True).json()["choices"][0]["logprobs"]["content"]
+    assert len(content) == 8
+    for entry in content:
+        assert len(entry["top_logprobs"]) == 4
+        assert entry["logprob"] == pytest.approx(entry["top_logprobs"][0]["logprob"])
+        assert bytes(entry["bytes"]).decode() == entry["token"]
+
+
+def test_chat_without_a_limit_fits_the_context(served: Served) -> None:
+    answer = chat(served, max_tokens=None, ignore_eos=True).json()
+    assert answer["usage"]["total_tokens"] <= 256
+    assert chat(served, max_tokens=None, max_completion_tokens=3).json()["usage"]["completion_tokens"] <= 3
+
+
+def test_conversation_that_the_template_refuses_is_the_callers_error(served: Served) -> None:
+    response = chat(served, messages=[{"role": "assistant", "content": "I"}])
+    assert response.status_code == 400
+    assert "the user speaks first" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("model", ["nothing", "films@99", "No Such", "a/b"])
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_unknown_model_is_not_found(served: Served, films: str, ask: Any, model: str) -> None:
+    response = ask(served, model=model)
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("ask", "name", "value"),
+    [
+        (complete, "echo", True),
+        (complete, "best_of", 3),
+        (complete, "suffix", "end"),
+        (complete, "logit_bias", {"3": 1}),
+        (complete, "prompt", ["a", "b"]),
+        (complete, "prompt", [1, 2]),
+        (complete, "frequency_penalty", 0.5),
+        (complete, "presence_penalty", 0.5),
+        (complete, "logprobs", 6),
+        (complete, "n", 0),
+        (complete, "temperature", 3),
+        (complete, "max_tokens", 0),
+        (complete, "no_such_field", 1),
+        (chat, "tools", [{"type": "function", "function": {"name": "f"}}]),
+        (chat, "response_format", {"type": "json_object"}),
+        (chat, "top_logprobs", 2),
+        (chat, "messages", []),
+        (chat, "messages", [{"role": "tool", "content": "x"}]),
+        (chat, "messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ],
+)
+def test_field_is_refused_by_name(served: Served, ask: Any, name: str, value: object) -> None:
+    response = ask(served, **{name: value})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert name in error["message"]
+
+
+def test_neutral_values_are_accepted(served: Served) -> None:
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "n": 1, "logit_bias": {}, "user": "me"}
+    assert complete(served, **neutral, echo=False, best_of=1, suffix=None).status_code == 200
+    assert chat(served, **neutral, tools=None, response_format={"type": "text"}).status_code == 200
+
+
+def test_context_is_refused_with_its_three_numbers(served: Served) -> None:
+    response = complete(served, max_tokens=250)
+    assert response.status_code == 400
+    assert "250" in response.json()["error"]["message"]
+
+
+def test_models_lists_the_base_model_and_the_tasks(served: Served, films: str) -> None:
+    listed = served.http.get("/v1/models").json()
+    assert listed["object"] == "list"
+    ids = [model["id"] for model in listed["data"]]
+    assert ids[0] == NAME
+    assert films in ids
+    assert served.http.get(f"/v1/models/{films}").json()["id"] == films
+    assert served.http.get("/v1/models/mini").status_code == 200
+    missing = served.http.get("/v1/models/nothing")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
