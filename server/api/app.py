@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from server.api import errors, generate, openai, ops, prefixes
 from server.api.gate import Gate
+from server.api.query import refuse_unknown_query
 from server.api.state import AppState
 
 DESCRIPTION = "One frozen language model, thousands of learned prefixes, one continuous batch."
@@ -26,7 +27,12 @@ def create_app(state: AppState) -> FastAPI:
         yield
         await state.engine.shutdown(drain=False)
 
-    app = FastAPI(title="prefixserve", description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="prefixserve",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        dependencies=[Depends(refuse_unknown_query)],
+    )
     app.state.prefixserve = state
     for module in (generate, openai, prefixes, ops):
         app.include_router(module.router)

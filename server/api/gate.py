@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
+import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import RequestError, error_response
@@ -16,6 +20,9 @@ from server.config import is_loopback
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 KEY_NAMES = {"key", "api_key", "api-key", "apikey", "token", "access_token", "authorization"}
 MAX_JSON_BYTES = 4 * 2**20
+MAX_DRAIN_S = 5.0
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+log = structlog.get_logger()
 UNCOUNTED = ("/healthz", "/health", "/readyz", "/metrics", "/info")
 
 
@@ -35,8 +42,12 @@ class Gate:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        has_started = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal has_started
             if message["type"] == "http.response.start":
+                has_started = True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
@@ -46,6 +57,7 @@ class Gate:
         except RequestError as error:
             retry = {"Retry-After": str(DRAIN_RETRY_S)} if error.status == 503 else None
             response = error_response(path, error.status, str(error), headers=retry)
+            await _drop_body(receive, headers)
             await response(scope, receive, send_with_id)
             return
         num_bytes = 0
@@ -56,13 +68,20 @@ class Gate:
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
                 if num_bytes > max_bytes:
-                    raise RequestError(413, f"the body must be <= {max_bytes} bytes, got more")
+                    raise HTTPException(413, f"the body must be <= {max_bytes} bytes, got more")
             return message
 
         counted = path not in UNCOUNTED
         self._state.num_active += counted
         try:
             await self._app(scope, bounded_receive, send_with_id)
+        except ClientDisconnect:  # nobody is left to answer
+            log.info("client_gone", request_id=request_id, path=path)
+        except Exception:
+            if has_started:
+                raise
+            log.exception("request_failed", request_id=request_id, path=path)
+            await error_response(path, 500, "the server failed; its log has the reason")(scope, receive, send_with_id)
         finally:
             self._state.num_active -= counted
 
@@ -73,6 +92,9 @@ class Gate:
         name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host
         if not is_loopback(name):
             raise RequestError(403, f"Host must be a loopback name while no keys are configured, got {host[:100]!r}")
+        origin = urlsplit(headers.get("origin", "")).hostname
+        if method not in SAFE_METHODS and "origin" in headers and not (origin and is_loopback(origin)):
+            raise RequestError(403, f"Origin must be this machine, got {headers['origin'][:100]!r}")
         for key, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
             if key.lower() in KEY_NAMES:
                 raise RequestError(400, f"{key!r} in the query: a key belongs into the Authorization header")
@@ -90,3 +112,15 @@ class Gate:
         if length.isdecimal() and int(length) > max_bytes:
             raise RequestError(413, f"the body must be <= {max_bytes} bytes, got {length}")
         return max_bytes
+
+
+async def _drop_body(receive: Receive, headers: Headers) -> None:
+    """Take what the caller is still sending, for a while: closing on it could cost it the answer."""
+    if "expect" in headers:
+        return  # it waits for a go-ahead and sends nothing
+    try:
+        async with asyncio.timeout(MAX_DRAIN_S):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                pass
+    except TimeoutError:  # too slow or too much: it may lose the answer
+        pass

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from server.api.errors import RequestError, status_of, tgi_type
-from server.api.rows import Row, answer_headers, start_row, while_connected
+from server.api.rows import EventStream, Row, answer_headers, start_row, while_connected
 from server.api.schemas import GenerateParameters, GenerateRequest
 from server.api.state import AppState, State, Target
 from server.engine.errors import EngineError
@@ -46,11 +46,7 @@ async def _answer(
     row = await start_row(state, request, body.inputs, parameters.sampling_params(), target)
     lead = body.inputs if parameters.return_full_text else ""
     if streams:
-        return StreamingResponse(
-            _events(state, row, target, lead),
-            headers=answer_headers(target, row.stream) | {"Cache-Control": "no-store"},
-            media_type="text/event-stream",
-        )
+        return EventStream(_events(state, row, target, lead), [row], answer_headers(target, row.stream))
     async with row.stream:
         outputs = await while_connected(request, row.finish())
     answer: dict[str, Any] = {"generated_text": lead + row.stream.generated_text}
@@ -73,10 +69,10 @@ async def _events(state: AppState, row: Row, target: Target, lead: str) -> Async
                     if is_last
                     else None,
                 }
-                yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+                yield f"data: {json.dumps(event)}\n\n"
         except EngineError as error:
             failure = {"error": str(error), "error_type": tgi_type(status_of(error))}
-            yield f"data: {json.dumps(failure, ensure_ascii=False)}\n\n"
+            yield f"data: {json.dumps(failure)}\n\n"
 
 
 def _token(state: AppState, output: TokenOutput, text: str | None = None) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from prefix_store.errors import NotFoundError
 from server.api.errors import RequestError, openai_error, status_of
-from server.api.rows import Row, answer_headers, start_row, while_connected
+from server.api.rows import EventStream, Row, answer_headers, start_row, while_connected
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from server.api.state import TENANT, AppState, State, Target
 from server.engine.errors import EngineError
@@ -24,6 +24,7 @@ from server.engine.sequence import TokenOutput
 
 router = APIRouter(tags=["openai"])
 MAX_DEFAULT_CHAT_TOKENS = 512
+PLACEHOLDERS = ("dummy", "tgi")  # what clients made for TGI send where the URL alone names the model
 DONE = "data: [DONE]\n\n"
 
 
@@ -96,6 +97,8 @@ async def _target(state: AppState, name: str) -> Target:
     try:
         return await state.resolve_task(None if name in state.model_names else name)
     except NotFoundError as error:
+        if name in PLACEHOLDERS:
+            return Target()
         raise RequestError(404, f"the model {name[:140]!r} does not exist", "model") from error
 
 
@@ -126,11 +129,7 @@ async def _answer(
     reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()))
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamingResponse(
-            _events(reply, rows, with_usage),
-            headers=answer_headers(target, rows[0].stream) | {"Cache-Control": "no-store"},
-            media_type="text/event-stream",
-        )
+        return EventStream(_events(reply, rows, with_usage), rows, answer_headers(target, rows[0].stream))
     try:
         finished = await while_connected(request, _finish_all(rows))
     finally:
@@ -192,7 +191,7 @@ async def _events(reply: Reply, rows: list[Row], with_usage: bool) -> AsyncItera
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
         usage = {"usage": None} if with_usage else {}
-        return f"data: {json.dumps({**reply.body(choices, is_chunk=True), **usage, **more}, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps({**reply.body(choices, is_chunk=True), **usage, **more})}\n\n"
 
     def choice(index: int, text: str, reason: str | None, logprobs: Any, **delta: str) -> dict[str, Any]:
         content: dict[str, Any] = {"delta": {**delta, "content": text}} if is_chat else {"text": text}
@@ -262,6 +261,14 @@ def _logprobs(reply: Reply, outputs: list[TokenOutput]) -> dict[str, Any]:
     return {
         "tokens": texts,
         "token_logprobs": [output.logprob for output in outputs],
-        "top_logprobs": [{decode([i]): value for i, value in output.top_logprobs} for output in outputs],
+        "top_logprobs": [_by_text(decode, output) for output in outputs],
         "text_offset": offsets,
     }
+
+
+def _by_text(decode: Callable[[list[int]], str], output: TokenOutput) -> dict[str, float]:
+    """Where several tokens read the same (parts of a character), the best of them."""
+    found: dict[str, float] = {}
+    for token_id, value in output.top_logprobs:
+        found.setdefault(decode([token_id]), value)
+    return found

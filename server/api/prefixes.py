@@ -96,6 +96,10 @@ async def list_tasks(
 
 @router.get("/{task}", summary="Describe a task")
 async def describe(state: State, task: str) -> Response:
+    """`TASK@VERSION` describes that version."""
+    name, at, version = task.partition("@")
+    if at:
+        return await describe_version(state, name, version)
     found = await asyncio.to_thread(state.store.get_task, TENANT, task)
     return _task_response(state, found)
 
@@ -150,6 +154,10 @@ async def preload(state: State, task: str) -> Response:
 
 @router.delete("/{task}", summary="Delete a task and all its versions", status_code=204)
 async def delete_task(state: State, task: str, if_match: IfMatch = None) -> Response:
+    """`TASK@VERSION` deletes that version alone."""
+    name, at, version = task.partition("@")
+    if at:
+        return await delete_version(state, name, version, if_match)
     gone = await asyncio.to_thread(state.store.delete_task, TENANT, task, _precondition(if_match, None))
     await state.sync_pins()
     await state.free(gone.versions)
@@ -169,7 +177,7 @@ async def _read(request: Request, state: AppState, index: int | None) -> Prefix:
     if kind == "multipart/form-data":
         config, weights = await _parts(request)
         return await asyncio.to_thread(state.store.parse_peft, config, weights, index)
-    if kind not in NATIVE_TYPES:
+    if kind and kind not in NATIVE_TYPES:
         raise RequestError(
             415, f"Content-Type must be multipart/form-data or one of {', '.join(NATIVE_TYPES)}, got {kind[:80]!r}"
         )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from server.api.errors import RequestError
 from server.api.state import AppState, Target
@@ -47,6 +49,23 @@ async def start_row(
         stream.abort()
         raise
     return Row(stream, first)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of `rows`. They are freed however it ends, also before its first event was asked for."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], rows: list[Row], headers: dict[str, str]) -> None:
+        super().__init__(events, headers=headers | {"Cache-Control": "no-store"})
+        self._rows = rows
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for row in self._rows:
+                row.stream.abort()
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
 
 from server.engine.sampling_params import SamplingParams
 
@@ -229,4 +229,4 @@ class ActivateRequest(WireModel):
     """`POST /v1/prefixes/T/activate`: a number, 12 or more hex digits of the digest, or `previous`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 2}, {"version": "previous"}]})
-    version: int | Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    version: StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=64)]

@@ -30,7 +30,9 @@ def test_loopback_hosts_are_served(served: Served, host: str) -> None:
     assert served.http.get("/healthz", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil.example:80", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil.example:80", ""]
+)
 def test_other_hosts_are_refused(served: Served, host: str) -> None:
     response = served.http.post("/generate", json=BODY, headers={"Host": host})
     assert response.status_code in (400, 403)
@@ -95,7 +97,9 @@ def test_misspelt_query_is_refused(served: Served) -> None:
         response = served.http.request(method, path, params={"tsk": "films"}, json=BODY)
         assert response.status_code == 422
         assert "tsk" in response.json()["error"]
-    response = served.http.put("/v1/prefixes/q", params={"acivate": "false"}, content=b"", headers={"Content-Type": NATIVE})
+    response = served.http.put(
+        "/v1/prefixes/q", params={"acivate": "false"}, content=b"", headers={"Content-Type": NATIVE}
+    )
     assert response.status_code == 422
     assert "acivate" in response.json()["detail"]
 
