@@ -24,6 +24,7 @@ from server.engine.sequence import TokenOutput
 
 router = APIRouter(tags=["openai"])
 MAX_DEFAULT_CHAT_TOKENS = 512
+PLACEHOLDERS = ("dummy", "tgi")  # what huggingface_hub and TGI's examples send for "the model behind this URL"
 PLACEHOLDERS = ("dummy", "tgi")  # what clients made for TGI send where the URL alone names the model
 DONE = "data: [DONE]\n\n"
 

@@ -90,7 +90,8 @@ def serve_in_thread(state: AppState) -> Iterator[Served]:
     try:
         deadline_s = time.monotonic() + 30
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline_s, "the server did not start"
+            assert thread.is_alive(), "the server did not start"
+            assert time.monotonic() < deadline_s, "the server did not start in time"
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"

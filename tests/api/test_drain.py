@@ -1,4 +1,4 @@
-"""A stop signal in a process of its own: what runs is finished, new work refused, exit 0; a second signal is at once."""
+"""A stop signal in a process of its own: what runs is finished, new work refused, exit 0; a second one ends at once."""
 
 from __future__ import annotations
 
@@ -53,19 +53,18 @@ def process(model_path: Path, data_dir: Path) -> Iterator[tuple[subprocess.Popen
 
 
 def test_signal_finishes_what_runs_and_refuses_the_rest(model_path: Path, tmp_path: Path) -> None:
-    with process(model_path, tmp_path) as (running, url):
-        with httpx.Client(base_url=url, timeout=60) as http:
-            with http.stream("POST", "/generate_stream", json=LONG) as response:
-                lines = (line for line in response.iter_lines() if line)
-                next(lines)
-                running.send_signal(signal.SIGTERM)
-                while http.get("/readyz").status_code != 503:
-                    pass
-                refused = http.post("/generate", json=LONG)
-                assert refused.status_code == 503
-                assert refused.json()["error_type"] == "overloaded"
-                last = json.loads(list(lines)[-1].removeprefix("data: "))
-                assert last["details"]["generated_tokens"] == 250
+    with process(model_path, tmp_path) as (running, url), httpx.Client(base_url=url, timeout=60) as http:
+        with http.stream("POST", "/generate_stream", json=LONG) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            running.send_signal(signal.SIGTERM)
+            while http.get("/readyz").status_code != 503:
+                pass
+            refused = http.post("/generate", json=LONG)
+            assert refused.status_code == 503
+            assert refused.json()["error_type"] == "overloaded"
+            last = json.loads(list(lines)[-1].removeprefix("data: "))
+            assert last["details"]["generated_tokens"] == 250
         assert running.wait(20) == 0
 
 
@@ -76,15 +75,14 @@ def test_signal_to_an_idle_server_ends_it(model_path: Path, tmp_path: Path) -> N
 
 
 def test_second_signal_ends_it_at_once(model_path: Path, tmp_path: Path) -> None:
-    with process(model_path, tmp_path) as (running, url):
-        with httpx.Client(base_url=url, timeout=60) as http:
-            streams = [http.send(http.build_request("POST", "/generate_stream", json=LONG), stream=True)]
-            running.send_signal(signal.SIGTERM)
-            while http.get("/readyz").status_code != 503:
-                pass
-            started_s = time.monotonic()
-            running.send_signal(signal.SIGTERM)
-            running.wait(5)
-            assert time.monotonic() - started_s < 3
-            for stream in streams:
-                stream.close()
+    with process(model_path, tmp_path) as (running, url), httpx.Client(base_url=url, timeout=60) as http:
+        streams = [http.send(http.build_request("POST", "/generate_stream", json=LONG), stream=True)]
+        running.send_signal(signal.SIGTERM)
+        while http.get("/readyz").status_code != 503:
+            pass
+        started_s = time.monotonic()
+        running.send_signal(signal.SIGTERM)
+        running.wait(5)
+        assert time.monotonic() - started_s < 3
+        for stream in streams:
+            stream.close()

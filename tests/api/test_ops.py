@@ -60,10 +60,18 @@ def test_metrics_count_what_happens(served: Served, films: str) -> None:
     assert grew("e2e_request_latency_seconds_count") == 1
     assert grew("request_queue_time_seconds_count") == 1
     assert grew("prefix_hits_total") + grew("prefix_misses_total") == 1
-    for name in (
-        "num_requests_running num_requests_waiting kv_cache_usage_perc num_preemptions_total prefix_loads_total "
-        "prefix_load_failures_total prefix_evictions_total prefix_resident prefix_resident_bytes prefix_pool_bytes"
-    ).split():
+    for name in [
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "num_preemptions_total",
+        "prefix_loads_total",
+        "prefix_load_failures_total",
+        "prefix_evictions_total",
+        "prefix_resident",
+        "prefix_resident_bytes",
+        "prefix_pool_bytes",
+    ]:
         assert f"prefixserve_{name}" in after
     assert after["prefixserve_prefix_resident_bytes"] <= after["prefixserve_prefix_pool_bytes"]
     assert after[f"prefixserve_task_resident_bytes[task={films}]"] > 0
