@@ -50,7 +50,7 @@ def test_acknowledged_uploads_survive_kill(tmp_path: Path) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "open\n"
             if first < 160:
-                time.sleep(choose.uniform(0.02, 0.4))
+                time.sleep(choose.uniform(0.0, 0.08))
                 process.send_signal(signal.SIGKILL)
                 num_kills += 1
             for line in process.stdout:
