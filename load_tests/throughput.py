@@ -1,7 +1,7 @@
 """Mixed tasks over HTTP against PEFT grouped by task, in one run.
 
-64 requests, Zipf(1) over 64 tasks of 20 virtual tokens (prompt tuning), 32 tokens in and 32 out, greedy, EOS ignored; the
-default model, bf16 where native. Pairs are interleaved; the end has their medians and the ratio's spread.
+64 requests, Zipf(1) over 64 tasks of 20 virtual tokens (prompt tuning), 32 tokens in and 32 out, greedy, EOS ignored;
+the default model, bf16 where native. Pairs are interleaved; the end has their medians and the ratio's spread.
 
     python load_tests/throughput.py [--pairs 7] [--dtype auto]
 """
