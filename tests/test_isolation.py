@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from prefix_store.prefix import Prefix
@@ -18,6 +17,7 @@ from server.engine.kv_blocks import KVBlocks
 from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import PrefixRef, Sequence
+from tests.tiny_models import letter_tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=128,
@@ -29,14 +29,11 @@ CONFIG = LlamaConfig(
     max_position_embeddings=512,
     initializer_range=0.3,
 )
-LETTERS = {chr(0x100 + i): i for i in range(128)}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE(vocab=LETTERS, merges=[]))
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return letter_tokenizer(128)
 
 
 @pytest.fixture(scope="module")

@@ -22,18 +22,7 @@ from peft import (
     TaskType,
     get_peft_model,
 )
-from tokenizers import Tokenizer, decoders, models
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
 
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import Prefix
@@ -46,29 +35,9 @@ from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.sampling_params import SamplingParams
 from server.engine.self_check import self_check
 from server.engine.sequence import PrefixRef, Sequence
+from tests.tiny_models import FAMILIES, VOCAB, letter_tokenizer
 
-VOCAB, HIDDEN, NEW_TOKENS, TIE = 96, 32, 32, 1e-3
-COMMON = {"vocab_size": VOCAB, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SMALL = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-
-FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**COMMON, **SMALL, num_key_value_heads=2, initializer_range=0.4),
-    "qwen3": lambda: Qwen3Config(**COMMON, **SMALL, num_key_value_heads=2, head_dim=8, initializer_range=0.4),
-    "gpt2": lambda: GPT2Config(**COMMON, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, initializer_range=0.4),
-    "opt": lambda: OPTConfig(**COMMON, **SMALL, ffn_dim=64, word_embed_proj_dim=HIDDEN, init_std=0.3),
-    "gpt_neox": lambda: GPTNeoXConfig(**COMMON, **SMALL, initializer_range=0.4),
-    "gemma3": lambda: Gemma3TextConfig(
-        **COMMON,
-        **SMALL | {"num_hidden_layers": 3},
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=12,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        initializer_range=0.4,
-        query_pre_attn_scalar=8,
-        tie_word_embeddings=False,
-    ),
-}
+NEW_TOKENS, TIE = 32, 1e-3
 
 CAUSAL = TaskType.CAUSAL_LM
 TYPES: dict[str, Callable[[], Any]] = {
@@ -160,9 +129,7 @@ def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> Case
 
 def run_ours(model: Any, shape: Any, cases: list[Case], prefixes: dict[str, Prefix]) -> list[list[int]]:
     """All cases in one engine, arriving one a step, the long ones in chunks."""
-    backend = Tokenizer(models.BPE(vocab={chr(0x100 + i): i for i in range(VOCAB)}, merges=[]))
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = letter_tokenizer()
     num_blocks, num_prefix_blocks = split_pool(2048, 512)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu")))
     engine = Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=16)
