@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from prefix_store.prefix import Prefix
 from server.engine.attention import NAME
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, split_pool
-from server.engine.kv_blocks import KVBlocks
+from server.engine.kv_blocks import KVBlocks, num_blocks_for
 from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import PrefixRef, Sequence
@@ -56,11 +58,26 @@ def prefixes() -> dict[str, Prefix]:
     return made
 
 
-def make_engine(model: torch.nn.Module, prefixes: dict[str, Prefix], *, kv: int = 4000, room: int = 2000) -> Engine:
+def make_engine(
+    model: torch.nn.Module,
+    prefixes: dict[str, Prefix],
+    *,
+    kv: int = 4000,
+    room: int = 2000,
+    max_rows: int = 16,
+    executor: Executor | None = None,
+) -> Engine:
     shape = measure_shape(model, "tiny", "none")
     num_blocks, num_prefix_blocks = split_pool(kv, room)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu")))
-    return Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=24)
+    return Engine(
+        runner,
+        prefixes.__getitem__,
+        num_prefix_blocks=num_prefix_blocks,
+        max_rows=max_rows,
+        max_step_tokens=max_rows + 8,
+        executor=executor,
+    )
 
 
 def make_sequences(tokenizer: PreTrainedTokenizerFast, prefixes: dict[str, Prefix]) -> list[Sequence]:
@@ -117,29 +134,52 @@ def test_preemption_gives_the_same_tokens(model, tokenizer, prefixes, alone) -> 
     assert engine.scheduler.num_preemptions > 3
 
 
-def test_aborts_at_random_moments_leak_nothing(model, tokenizer, prefixes) -> None:  # type: ignore[no-untyped-def]
-    engine = make_engine(model, prefixes, kv=400)
-    choose = random.Random(3)
-    for round_ in range(16):
-        sequences = make_sequences(tokenizer, prefixes)
-        for sequence in sequences:
-            engine.add(sequence)
-        for sequence in choose.sample(sequences, len(sequences)):
-            for _ in range(choose.randrange(2)):
-                engine.step()
-            engine.abort(sequence.request_id)
-            engine.check_integrity()
-        assert not engine.has_work, round_
+@pytest.mark.parametrize("beside", [False, True])
+def test_500_aborts_at_random_moments_leak_nothing(model, tokenizer, prefixes, beside) -> None:  # type: ignore[no-untyped-def]
+    """Waiting, loading (beside the steps, with an executor), in prefill, decoding, preempted, finished."""
+    with ThreadPoolExecutor(1) as executor:
+        engine = make_engine(model, prefixes, kv=400, room=12 * 16, executor=executor if beside else None)
+        choose = random.Random(3)
+        moments: Counter[str] = Counter()
+        for round_ in range(16):
+            sequences = make_sequences(tokenizer, prefixes)
+            for sequence in sequences:
+                engine.add(sequence)
+            for sequence in choose.sample(sequences, len(sequences)):
+                for _ in range(choose.randrange(3)):
+                    engine.step()
+                    engine.check_integrity()
+                moments[moment(sequence)] += 1
+                engine.abort(sequence.request_id)
+                engine.check_integrity()
+            assert not engine.has_work, round_
+    engine.step()
+    engine.check_integrity()
+    assert moments.total() >= 500
+    assert min(moments[name] for name in ("cold", "held", "prefill", "decode", "finished")) >= 10, moments
     assert engine.own_allocator.num_used == 0
     assert engine.residents.num_references == 0
 
 
-def test_rows_of_one_task_hold_one_prefix(model, tokenizer, prefixes) -> None:  # type: ignore[no-untyped-def]
-    engine = make_engine(model, prefixes)
-    ref = PrefixRef("d6", prefixes["d6"].num_virtual_tokens)
-    for i in range(16):
-        engine.add(Sequence(f"r{i}", [1, 2, 3], SamplingParams(max_new_tokens=9), Detokenizer(tokenizer), ref))
-    for _ in range(5):
+def moment(sequence: Sequence) -> str:
+    if sequence.finish_reason is not None:
+        return "finished"
+    if sequence.block_table:
+        return "decode" if sequence.num_generated_tokens else "prefill"
+    return "held" if sequence.resident is not None else "cold"
+
+
+def test_64_rows_of_one_task_hold_one_prefix(model, tokenizer, prefixes) -> None:  # type: ignore[no-untyped-def]
+    engine = make_engine(model, prefixes, max_rows=64)
+    digest = max(prefixes, key=lambda name: prefixes[name].num_virtual_tokens)
+    ref = PrefixRef(digest, prefixes[digest].num_virtual_tokens)
+    for i in range(64):
+        engine.add(Sequence(f"r{i}", [1, 2, 3 + i], SamplingParams(max_new_tokens=12), Detokenizer(tokenizer), ref))
+    most_running = 0
+    while engine.has_work:
         engine.step()
-    assert len(engine.scheduler.running) == 16
-    assert engine.prefix_allocator.num_used == -(-ref.num_virtual_tokens // 16)
+        engine.check_integrity()
+        most_running = max(most_running, len(engine.scheduler.running))
+        assert engine.prefix_allocator.num_used == num_blocks_for(ref.num_virtual_tokens)
+    assert most_running == 64
+    assert engine.residents.counts.num_loads == 1
