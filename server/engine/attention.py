@@ -6,6 +6,9 @@ its own, so both are one gather and one batched product.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +17,19 @@ from transformers import AttentionInterface
 from server.engine.batch import AttentionGroup, Batch
 
 NAME = "prefixserve"
+# Not an argument of the model's forward: some families do not hand those on to their attention (StableLM). A trial
+# forward may run in another thread meanwhile, so it belongs to the context.
+_batch: ContextVar[Batch] = ContextVar("batch")
+
+
+@contextmanager
+def attending(batch: Batch) -> Iterator[None]:
+    """Inside, every call of `packed_attention` is about `batch`."""
+    token = _batch.set(batch)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
 
 
 def packed_attention(
@@ -23,7 +39,6 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    batch: Batch,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -37,6 +52,7 @@ def packed_attention(
     nothing.
     """
     assert attention_mask is None, "the stream carries its own masks"
+    batch = _batch.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     batch.kv_blocks.write(layer, batch.slot_mapping, key[0], value[0])
     if scaling is None:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefix_store.prefix import ModelShape, Prefix
-from server.engine.attention import NAME
+from server.engine.attention import NAME, attending
 from server.engine.batch import Batch, PackedRow, make_batch
 from server.engine.errors import ModelRefusedError, PrefixFaultError
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for
@@ -26,14 +26,14 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits `[num_logits, vocab_size]` of the batch's `logits_index`; K and V of the stream are in the pool."""
-        output = self.model(
-            input_ids=batch.input_ids,
-            inputs_embeds=batch.inputs_embeds,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=batch.logits_index,
-            batch=batch,
-        )
+        with attending(batch):
+            output = self.model(
+                input_ids=batch.input_ids,
+                inputs_embeds=batch.inputs_embeds,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=batch.logits_index,
+            )
         logits: torch.Tensor = output.logits[0]
         return logits
 
@@ -75,8 +75,8 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, revis
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, attn_implementation=NAME
         )
-    except ValueError as error:
-        raise ModelRefusedError(f"{config.model_type}: {error}") from error
+    except (ValueError, KeyError) as error:  # KeyError: a family with a table of attention classes of its own
+        raise ModelRefusedError(f"{config.model_type} does not take another attention function: {error}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -93,8 +93,11 @@ def native_dtype(name: str, device: torch.device) -> torch.dtype:
 def measure_shape(
     model: Any, model_name: str, fingerprint: str, aliases: tuple[str, ...] = (), max_virtual_tokens: int = 4096
 ) -> ModelShape:
-    """The measures that an artefact must fit, read off the model's config and layers."""
+    """The measures that an artefact must fit, read off the model's config and layers. Raises ModelRefusedError."""
     config = model.config.get_text_config()
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if max_positions is None:
+        raise ModelRefusedError(f"{config.model_type}: expected a model with positions, it has no largest one")
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     multi_query = getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads")
@@ -105,7 +108,7 @@ def measure_shape(
         head_dim=head_dim,
         hidden_size=model.get_input_embeddings().embedding_dim,
         vocab_size=model.get_input_embeddings().num_embeddings,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions,
         dtype=model.dtype,
         model_name=model_name,
         fingerprint=fingerprint,
