@@ -143,7 +143,7 @@ def measure(task: str, model: Any, bare: Any, tokenizer: Any, held_back: list[Ex
 
 
 def main() -> None:
-    model_path = str(fetch_model(None, report=print).path)
+    model_path = str(fetch_model(None).path)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", default=list(recipes(model_path)))
     parser.add_argument("--measure", action="store_true", help="Measure what is there; train nothing.")

@@ -273,11 +273,12 @@ def model_path(name: Annotated[str | None, typer.Argument()] = None, as_json: As
 
 def _print_path(name: str | None, *, fetches: bool, as_json: bool) -> None:
     from server.model_files import fetch_model, find_model
+    from server.progress import progress_bar
 
     with plain_errors():
         if fetches:
-            with console.status("looking for the model") as status:
-                files = fetch_model(name, report=status.update)
+            with progress_bar(console) as report:
+                files = fetch_model(name, report=report)
         else:
             files = find_model(name)
     print(json.dumps({"name": files.name, "path": str(files.path)}) if as_json else files.path)

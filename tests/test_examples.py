@@ -1,4 +1,4 @@
-"""The example prefixes, served over HTTP all mixed, answer exactly what PEFT answers one at a time: 200 held back each."""
+"""The example prefixes over HTTP, all mixed, answer exactly what PEFT answers one at a time: 200 held back each."""
 
 from __future__ import annotations
 
