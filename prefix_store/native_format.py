@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from typing import Any
 
 import safetensors.torch
 import torch
 
 from prefix_store.errors import InvalidArtefactError
-from prefix_store.prefix import ModelShape, Prefix
+from prefix_store.prefix import PARTS, ModelShape, Prefix
 from prefix_store.safetensors_header import Header, max_header_bytes, read_header
 from prefix_store.validation import validate
 
 FORMAT = "prefixserve/1"
-LAYER_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(key|value)")
+LAYER_NAME = re.compile(r"(?:(encoder|decoder|cross)\.)?layers\.(0|[1-9][0-9]{0,4})\.(key|value)")
 METADATA_KEYS = {"format", "kind", "placement", "separator", "base_model", "fingerprint"}
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 MAX_TEXT = 500
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -30,33 +32,34 @@ SAFETENSORS_DTYPES = {
 
 def read_native(body: bytes, shape: ModelShape) -> Prefix:
     """A validated prefix. Raises InvalidArtefactError."""
-    header = read_header(body, max_header_bytes(shape.num_layers))
+    header = read_header(body, max_header_bytes(2 * shape.num_layers + shape.num_encoder_layers))
     metadata = _checked_metadata(header)
-    kind = metadata["kind"]
     names = set(header.tensors)
-    base_model, fingerprint = metadata.get("base_model"), metadata.get("fingerprint")
-    if kind == "soft":
-        if names != {"embeddings"}:
-            raise InvalidArtefactError(f"a soft prompt has one tensor, embeddings; got {_some(names)}")
+    is_seq2seq = any(name.startswith(tuple(f"{part}." for part in PARTS)) for name in names)
+    fields: dict[str, Any] = {
+        "placement": metadata.get("placement", "prefix"),
+        "separator": _separator(metadata.get("separator")),
+        "is_seq2seq": is_seq2seq,
+        "base_model": metadata.get("base_model"),
+        "fingerprint": metadata.get("fingerprint"),
+    }
+    if metadata["kind"] == "soft":
+        expected = "encoder.embeddings" if is_seq2seq else "embeddings"
+        if names != {expected}:
+            raise InvalidArtefactError(f"a soft prompt has one tensor, {expected}; got {_some(names)}")
         _check_sizes_before_load(header, shape)
-        embeddings = safetensors.torch.load(body)["embeddings"]
-        prefix = Prefix("soft", embeddings=embeddings, base_model=base_model, fingerprint=fingerprint)
+        prefix = Prefix("soft", embeddings=safetensors.torch.load(body)[expected], **fields)
     else:
-        wrong = {name for name in names if not LAYER_NAME.fullmatch(name)}
-        if wrong:
-            raise InvalidArtefactError(
-                f"a KV prefix has layers.N.key and layers.N.value only (N from 0 to {shape.num_layers - 1}); "
-                f"got {_some(wrong)}"
-            )
-        layers = sorted({int(name.split(".")[1]) for name in names})
-        for layer in layers:
-            for part in ("key", "value"):
-                if f"layers.{layer}.{part}" not in names:
-                    raise InvalidArtefactError(f"layers.{layer}.{part} is missing")
+        _check_layer_names(names, is_seq2seq, shape)
         _check_sizes_before_load(header, shape)
         tensors = safetensors.torch.load(body)
-        pairs = {i: (tensors[f"layers.{i}.key"], tensors[f"layers.{i}.value"]) for i in layers}
-        prefix = Prefix("kv", layers=pairs, base_model=base_model, fingerprint=fingerprint)
+        found: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {part: {} for part in PARTS}
+        for name in sorted(names):
+            part, layer, which = _layer_name(name)
+            if which == "key":
+                found[part][layer] = (tensors[name], tensors[name.removesuffix("key") + "value"])
+        ordered = {part: dict(sorted(layers.items())) for part, layers in found.items()}
+        prefix = Prefix("kv", layers=ordered["decoder"], encoder=ordered["encoder"], cross=ordered["cross"], **fields)
     validate(prefix, shape)
     return prefix
 
@@ -69,21 +72,26 @@ def write_native(prefix: Prefix) -> bytes:
             metadata[key] = text
     if prefix.separator is not None:
         metadata["separator"] = str(prefix.separator)
-    tensors = {} if prefix.embeddings is None else {"embeddings": prefix.embeddings}
-    for layer, (key_tensor, value_tensor) in prefix.layers.items():
-        tensors[f"layers.{layer}.key"], tensors[f"layers.{layer}.value"] = key_tensor, value_tensor
+    tensors = {}
+    if prefix.embeddings is not None:
+        tensors["encoder.embeddings" if prefix.is_seq2seq else "embeddings"] = prefix.embeddings
+    for part, layers in prefix.parts():
+        where = f"{part}." if prefix.is_seq2seq else ""
+        for layer, (key_tensor, value_tensor) in layers.items():
+            tensors[f"{where}layers.{layer}.key"] = key_tensor
+            tensors[f"{where}layers.{layer}.value"] = value_tensor
     entries: dict[str, object] = {"__metadata__": metadata}
     parts, position = [], 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         tensor = tensors[name].detach().cpu().contiguous()
-        part = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        part_bytes = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         entries[name] = {
             "dtype": SAFETENSORS_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [position, position + len(part)],
+            "data_offsets": [position, position + len(part_bytes)],
         }
-        parts.append(part)
-        position += len(part)
+        parts.append(part_bytes)
+        position += len(part_bytes)
     header = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return b"".join([len(header).to_bytes(8, "little"), header, *parts])
@@ -106,21 +114,47 @@ def _checked_metadata(header: Header) -> dict[str, str]:
     unknown = set(metadata) - METADATA_KEYS
     if unknown:
         raise InvalidArtefactError(f"__metadata__ has {_some(unknown)}; known are {', '.join(sorted(METADATA_KEYS))}")
-    placement = metadata.get("placement", "prefix")
-    if placement != "prefix":
-        raise InvalidArtefactError(f"__metadata__.placement must be 'prefix', got {placement!r}")
-    if "separator" in metadata:
-        raise InvalidArtefactError("__metadata__.separator belongs to a KV infix, this is a prefix")
     for key in ("base_model", "fingerprint"):
         if len(metadata.get(key, "")) > MAX_TEXT:
             raise InvalidArtefactError(f"__metadata__.{key} must be <= {MAX_TEXT} characters")
     return metadata
 
 
+def _separator(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not NUMBER.fullmatch(text):
+        raise InvalidArtefactError(f"__metadata__.separator must be a token id, got {text[:40]!r}")
+    return int(text)
+
+
+def _layer_name(name: str) -> tuple[str, int, str]:
+    """The part (`decoder` where none is named), the layer, and `key` or `value`."""
+    match = LAYER_NAME.fullmatch(name)
+    assert match is not None, "names are checked before"
+    return match[1] or "decoder", int(match[2]), match[3]
+
+
+def _check_layer_names(names: set[str], is_seq2seq: bool, shape: ModelShape) -> None:
+    matches = {name: LAYER_NAME.fullmatch(name) for name in names}
+    wrong = {name for name, match in matches.items() if match is None or (match[1] is not None) != is_seq2seq}
+    if wrong:
+        where = "(encoder|decoder|cross).layers.N" if is_seq2seq else "layers.N"
+        raise InvalidArtefactError(
+            f"a KV prefix has {where}.key and {where}.value only (N from 0 to {shape.num_layers - 1}); "
+            f"got {_some(wrong)}"
+        )
+    for name in sorted(names):
+        stem, _, which = name.rpartition(".")
+        other = f"{stem}.{'value' if which == 'key' else 'key'}"
+        if other not in names:
+            raise InvalidArtefactError(f"{other} is missing")
+
+
 def _check_sizes_before_load(header: Header, shape: ModelShape) -> None:
     """The shapes from the header alone, so that nothing is allocated for a file that cannot fit."""
     for name, tensor in header.tensors.items():
-        if name == "embeddings":
+        if name.endswith("embeddings"):
             expected = f"[num_virtual_tokens, {shape.hidden_size}]"
             fits = len(tensor.shape) == 2 and tensor.shape[1] == shape.hidden_size
         else:

@@ -26,6 +26,7 @@ MAX_CONFIG_BYTES = 64 * 1024
 def read_peft(config: bytes, weights: bytes, shape: ModelShape, index: int | None = None) -> Prefix:
     """A validated prefix. `index` picks one task of a multitask file. Raises InvalidArtefactError."""
     fields = _checked_config(config)
+    _check_task_type(fields, shape)
     peft_type = fields["peft_type"]
     header = read_header(weights, max_header_bytes(shape.num_layers))
     names = {"prompt_embeddings"}
@@ -43,15 +44,17 @@ def read_peft(config: bytes, weights: bytes, shape: ModelShape, index: int | Non
     table = tensors["prompt_embeddings"]
     base_model = fields.get("base_model_name_or_path") or None
     if peft_type in KV_TYPES:
-        # [n, num_layers * 2, num_kv_heads, head_dim]: slot 2l is layer l's key, slot 2l + 1 its value
         slots = table.view(table.shape[0], 2 * shape.num_layers, shape.num_kv_heads, shape.head_dim)
         slots = slots.permute(1, 2, 0, 3).contiguous()
-        layers = {i: (slots[2 * i], slots[2 * i + 1]) for i in range(shape.num_layers)}
-        prefix = Prefix("kv", layers=layers, base_model=base_model)
+        places = [_key_and_value(i, shape) for i in range(shape.num_layers)]
+        layers = {i: (slots[key], slots[value]) for i, (key, value) in enumerate(places)}
+        prefix = Prefix("kv", layers=layers, is_seq2seq=shape.is_encoder_decoder, base_model=base_model)
     else:
         if peft_type == MULTITASK:
             table = _pick_task(table, tensors["prefix_task_cols"], tensors["prefix_task_rows"], index)
-        prefix = Prefix("soft", embeddings=table, base_model=base_model)
+        if shape.is_encoder_decoder:
+            table = table[: table.shape[0] // 2].contiguous()  # the encoder's; PEFT trains no use of the rest
+        prefix = Prefix("soft", embeddings=table, is_seq2seq=shape.is_encoder_decoder, base_model=base_model)
     validate(prefix, shape)
     return prefix
 
@@ -85,14 +88,30 @@ def _checked_config(config: bytes) -> dict[str, Any]:
         raise InvalidArtefactError(
             f"task_type must be CAUSAL_LM, got {task_type}: train it as CAUSAL_LM and serve it with /score"
         )
-    if task_type == "SEQ_2_SEQ_LM":
-        raise InvalidArtefactError("task_type must be CAUSAL_LM, got SEQ_2_SEQ_LM: the served model is decoder-only")
-    if task_type not in (None, "CAUSAL_LM"):
-        raise InvalidArtefactError(f"task_type must be CAUSAL_LM, got {str(task_type)[:60]!r}")
+    if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        raise InvalidArtefactError(f"task_type must be CAUSAL_LM or SEQ_2_SEQ_LM, got {str(task_type)[:60]!r}")
     base = fields.get("base_model_name_or_path")
     if base is not None and (not isinstance(base, str) or len(base) > 500):
         raise InvalidArtefactError("base_model_name_or_path must be a text of at most 500 characters")
     return fields
+
+
+def _check_task_type(fields: dict[str, Any], shape: ModelShape) -> None:
+    expected = "SEQ_2_SEQ_LM" if shape.is_encoder_decoder else "CAUSAL_LM"
+    if fields.get("task_type") not in (None, expected):
+        kind = "an encoder-decoder" if shape.is_encoder_decoder else "decoder-only"
+        raise InvalidArtefactError(
+            f"task_type must be {expected}, got {fields['task_type']}: the served model is {kind}"
+        )
+
+
+def _key_and_value(layer: int, shape: ModelShape) -> tuple[int, int]:
+    """The slots of a layer's key and value. For an encoder-decoder PEFT doubles the list of 2L slots and splits it
+    by 4, and gives the first two of each four to the decoder's self-attention."""
+    if not shape.is_encoder_decoder:
+        return 2 * layer, 2 * layer + 1
+    num_slots = 2 * shape.num_layers
+    return 4 * layer % num_slots, (4 * layer + 1) % num_slots
 
 
 def _has_remote_code(value: Any) -> bool:
@@ -107,9 +126,12 @@ def _check_shapes(fields: dict[str, Any], header: Header, shape: ModelShape) -> 
     if len(found) != 2:
         raise InvalidArtefactError(f"prompt_embeddings: expected 2 dimensions, got {list(found)}")
     n = fields.get("num_virtual_tokens")
-    if n is not None and (type(n) is not int or found[0] != n):
+    # Of an encoder-decoder a soft prompt's file has rows for both stacks.
+    num_stacks = 2 if shape.is_encoder_decoder and fields["peft_type"] not in KV_TYPES else 1
+    if found[0] % num_stacks or (n is not None and (type(n) is not int or found[0] != num_stacks * n)):
         raise InvalidArtefactError(
-            f"prompt_embeddings: num_virtual_tokens is {str(n)[:40]}, the tensor has {found[0]} rows"
+            f"prompt_embeddings: num_virtual_tokens is {str(n)[:40]}, for {num_stacks} stacks; "
+            f"the tensor has {found[0]} rows"
         )
     if fields["peft_type"] not in KV_TYPES:
         if found[1] != shape.hidden_size:

@@ -1,8 +1,8 @@
-"""The trained artefact (`Prefix`) and the frozen model's measures that it must fit (`ModelShape`)."""
+"""The trained artefact (`Prefix`), what admission must know of it (`Layout`), and the model that it must fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,13 +10,16 @@ import torch
 
 Kind = Literal["kv", "soft"]
 Placement = Literal["prefix", "infix"]
+Layers = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+PARTS = ("decoder", "encoder", "cross")
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """What an artefact is validated against. The server makes it from the loaded model.
 
-    `dtype` is the dtype the model computes in: values must stay finite after a cast to it.
+    `dtype` is the dtype the model computes in: values must stay finite after a cast to it. An encoder-decoder has
+    `num_encoder_layers`; its heads are the same everywhere.
     """
 
     num_layers: int
@@ -30,36 +33,90 @@ class ModelShape:
     fingerprint: str
     model_aliases: tuple[str, ...] = ()
     max_virtual_tokens: int = 4096
+    num_encoder_layers: int = 0
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.num_encoder_layers > 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Lengths and place of an artefact, known before it is loaded. A soft prompt's rows count for the stack that it
+    stands before: the encoder of an encoder-decoder, else the decoder."""
+
+    kind: Kind = "kv"
+    placement: Placement = "prefix"
+    separator: int | None = None
+    num_decoder_tokens: int = 0
+    num_encoder_tokens: int = 0
+    num_cross_tokens: int = 0
+
+    @property
+    def stays_embeddings(self) -> bool:
+        """A soft prompt whose K and V depend on the text: after it (infix), or in an encoder, where all see all."""
+        return self.kind == "soft" and (self.placement == "infix" or self.num_encoder_tokens > 0)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Of the longest part."""
+        return max(self.num_decoder_tokens, self.num_encoder_tokens, self.num_cross_tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """One trained prefix, in its source form.
 
-    `layers[i]` is `(key, value)`, each `[num_kv_heads, num_virtual_tokens, head_dim]`; a layer that is not in
-    the mapping sees no prefix. `embeddings` is `[num_virtual_tokens, hidden_size]`. Exactly one of the two is
-    set, by `kind`.
+    `layers[i]` is `(key, value)` of the decoder's self-attention, each `[num_kv_heads, num_virtual_tokens, head_dim]`;
+    a layer that is not in the mapping sees no prefix. `encoder` and `cross` are the same for an encoder-decoder's
+    encoder and its cross-attention. `embeddings` is `[num_virtual_tokens, hidden_size]`, in front of the text that
+    the model reads. A prefix has embeddings or layers, by `kind`.
     """
 
     kind: Kind
-    layers: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    layers: Layers = field(default_factory=dict)
     embeddings: torch.Tensor | None = None
+    encoder: Layers = field(default_factory=dict)
+    cross: Layers = field(default_factory=dict)
     placement: Placement = "prefix"
     separator: int | None = None
+    is_seq2seq: bool = False  # of an encoder-decoder: its embeddings stand before the encoder's text
     base_model: str | None = None
     fingerprint: str | None = None
 
+    def parts(self) -> Iterator[tuple[str, Layers]]:
+        """The KV parts that there are, by name."""
+        for name, layers in zip(PARTS, (self.layers, self.encoder, self.cross), strict=True):
+            if layers:
+                yield name, layers
+
+    @property
+    def layout(self) -> Layout:
+        lengths = {name: _length(layers) for name, layers in self.parts()}
+        if self.embeddings is not None:
+            lengths["encoder" if self.is_seq2seq else "decoder"] = self.embeddings.shape[0]
+        return Layout(
+            kind=self.kind,
+            placement=self.placement,
+            separator=self.separator,
+            num_decoder_tokens=lengths.get("decoder", 0),
+            num_encoder_tokens=lengths.get("encoder", 0),
+            num_cross_tokens=lengths.get("cross", 0),
+        )
+
     @property
     def num_virtual_tokens(self) -> int:
-        if self.embeddings is not None:
-            return self.embeddings.shape[0]
-        key, _ = next(iter(self.layers.values()))
-        return key.shape[1]
+        return self.layout.num_virtual_tokens
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the source form in memory."""
-        tensors = [t for pair in self.layers.values() for t in pair]
+        tensors = [t for _, layers in self.parts() for pair in layers.values() for t in pair]
         if self.embeddings is not None:
             tensors.append(self.embeddings)
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _length(layers: Layers) -> int:
+    key, _ = next(iter(layers.values()))
+    return key.shape[1]

@@ -5,32 +5,70 @@ from __future__ import annotations
 import torch
 
 from prefix_store.errors import InvalidArtefactError
-from prefix_store.prefix import ModelShape, Prefix
+from prefix_store.prefix import Layers, ModelShape, Prefix
 
 MAX_MAGNITUDE = 65_504.0  # the largest fp16
 
 
 def validate(prefix: Prefix, shape: ModelShape) -> None:
     """Raises InvalidArtefactError naming the tensor, what was expected and what came."""
-    if prefix.placement != "prefix":
-        raise InvalidArtefactError(f"placement must be 'prefix', got {prefix.placement!r}: infixes are not served yet")
+    _check_place(prefix, shape)
     if prefix.embeddings is not None:
         check_rank("embeddings", prefix.embeddings, 2, "[num_virtual_tokens, hidden_size]")
         _check_size("embeddings", "hidden_size", prefix.embeddings.shape[1], shape.hidden_size)
         check_values("embeddings", prefix.embeddings, shape.dtype)
-    for layer, pair in prefix.layers.items():
-        if layer >= shape.num_layers:
-            raise InvalidArtefactError(f"layers.{layer}: the model has {shape.num_layers} layers (0 to the last)")
-        for part, tensor in zip(("key", "value"), pair, strict=True):
-            name = f"layers.{layer}.{part}"
-            check_rank(name, tensor, 3, "[num_kv_heads, num_virtual_tokens, head_dim]")
-            _check_size(name, "num_kv_heads", tensor.shape[0], shape.num_kv_heads)
-            _check_size(name, "num_virtual_tokens (as in the other layers)", tensor.shape[1], prefix.num_virtual_tokens)
-            _check_size(name, "head_dim", tensor.shape[2], shape.head_dim)
-            check_values(name, tensor, shape.dtype)
+    for part, layers in prefix.parts():
+        _check_layers(f"{part}." if prefix.is_seq2seq else "", layers, shape, encoder=part == "encoder")
     limit = min(shape.max_virtual_tokens, shape.max_positions - 2)
-    if not 1 <= prefix.num_virtual_tokens <= limit:
-        raise InvalidArtefactError(f"num_virtual_tokens must be 1 to {limit}, got {prefix.num_virtual_tokens}")
+    layout = prefix.layout
+    for count in (layout.num_decoder_tokens, layout.num_encoder_tokens, layout.num_cross_tokens):
+        if count > limit:
+            raise InvalidArtefactError(f"num_virtual_tokens must be 1 to {limit}, got {count}")
+    if layout.num_virtual_tokens < 1:
+        raise InvalidArtefactError(f"num_virtual_tokens must be 1 to {limit}, got 0")
+
+
+def _check_place(prefix: Prefix, shape: ModelShape) -> None:
+    if prefix.is_seq2seq != shape.is_encoder_decoder:
+        kinds = ("a decoder-only model", "an encoder-decoder")
+        raise InvalidArtefactError(
+            f"expected a prefix for {kinds[shape.is_encoder_decoder]} ({shape.model_name}), "
+            f"got one for {kinds[prefix.is_seq2seq]}"
+        )
+    if prefix.placement == "prefix":
+        if prefix.separator is not None:
+            raise InvalidArtefactError("separator belongs to a KV infix, this is a prefix")
+        return
+    if prefix.placement != "infix":
+        raise InvalidArtefactError(f"placement must be 'prefix' or 'infix', got {prefix.placement!r}")
+    if shape.is_encoder_decoder:
+        raise InvalidArtefactError(
+            "an infix needs a decoder-only model: in an encoder-decoder the decoder's prefix stands between x and y"
+        )
+    if prefix.kind == "kv" and prefix.separator is None:
+        raise InvalidArtefactError(
+            "a KV infix needs a separator (a token id): there is no hidden state at a KV position to predict from"
+        )
+    if prefix.kind == "soft" and prefix.separator is not None:
+        raise InvalidArtefactError("separator belongs to a KV infix, this is a soft one")
+    if prefix.separator is not None and not 0 <= prefix.separator < shape.vocab_size:
+        raise InvalidArtefactError(f"separator must be a token id 0 to {shape.vocab_size - 1}, got {prefix.separator}")
+
+
+def _check_layers(where: str, layers: Layers, shape: ModelShape, *, encoder: bool) -> None:
+    num_layers = shape.num_encoder_layers if encoder else shape.num_layers
+    num_virtual_tokens = None
+    for layer, pair in layers.items():
+        if not 0 <= layer < num_layers:
+            raise InvalidArtefactError(f"{where}layers.{layer}: the model has {num_layers} layers (0 to the last)")
+        for name, tensor in zip(("key", "value"), pair, strict=True):
+            full = f"{where}layers.{layer}.{name}"
+            check_rank(full, tensor, 3, "[num_kv_heads, num_virtual_tokens, head_dim]")
+            num_virtual_tokens = num_virtual_tokens or tensor.shape[1]
+            _check_size(full, "num_kv_heads", tensor.shape[0], shape.num_kv_heads)
+            _check_size(full, "num_virtual_tokens (as in the other layers)", tensor.shape[1], num_virtual_tokens)
+            _check_size(full, "head_dim", tensor.shape[2], shape.head_dim)
+            check_values(full, tensor, shape.dtype)
 
 
 def check_rank(name: str, tensor: torch.Tensor, rank: int, meaning: str) -> None:

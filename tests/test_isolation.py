@@ -85,10 +85,10 @@ def make_sequences(tokenizer: PreTrainedTokenizerFast, prefixes: dict[str, Prefi
     sequences = []
     for i in range(32):
         digest = f"d{i % 16}" if i % 5 else None
-        ref = PrefixRef(digest, prefixes[digest].num_virtual_tokens) if digest else None
+        members = ((PrefixRef(digest, prefixes[digest].layout),),) if digest else ((),)
         params = SamplingParams(max_new_tokens=24, do_sample=i % 4 == 3, seed=i, temperature=0.8, top_k=20, top_p=0.9)
         prompt = [choose.randrange(128) for _ in range(choose.randrange(1, 60))]
-        sequences.append(Sequence(f"r{i}", prompt, params, Detokenizer(tokenizer), ref))
+        sequences.append(Sequence(f"r{i}", prompt, params, Detokenizer(tokenizer), members))
     return sequences
 
 
@@ -102,7 +102,7 @@ def run(engine: Engine, sequences: Iterable[Sequence], *, stagger: int = 0) -> l
         for output in engine.step():
             assert output.error is None
         engine.check_integrity()
-    return [sequence.token_ids[sequence.num_prompt_tokens :] for sequence in sequences]
+    return [sequence.output_token_ids for sequence in sequences]
 
 
 @pytest.fixture(scope="module")
@@ -164,22 +164,24 @@ def test_500_aborts_at_random_moments_leak_nothing(model, tokenizer, prefixes, b
 def moment(sequence: Sequence) -> str:
     if sequence.finish_reason is not None:
         return "finished"
-    if sequence.block_table:
+    (row,) = sequence.rows
+    if row.block_table:
         return "decode" if sequence.num_generated_tokens else "prefill"
-    return "held" if sequence.resident is not None else "cold"
+    return "held" if row.residents else "cold"
 
 
 def test_64_rows_of_one_task_hold_one_prefix(model, tokenizer, prefixes) -> None:  # type: ignore[no-untyped-def]
     engine = make_engine(model, prefixes, max_rows=64)
     digest = max(prefixes, key=lambda name: prefixes[name].num_virtual_tokens)
-    ref = PrefixRef(digest, prefixes[digest].num_virtual_tokens)
+    members = ((PrefixRef(digest, prefixes[digest].layout),),)
     for i in range(64):
-        engine.add(Sequence(f"r{i}", [1, 2, 3 + i], SamplingParams(max_new_tokens=12), Detokenizer(tokenizer), ref))
+        params = SamplingParams(max_new_tokens=12)
+        engine.add(Sequence(f"r{i}", [1, 2, 3 + i], params, Detokenizer(tokenizer), members))
     most_running = 0
     while engine.has_work:
         engine.step()
         engine.check_integrity()
         most_running = max(most_running, len(engine.scheduler.running))
-        assert engine.prefix_allocator.num_used == num_blocks_for(ref.num_virtual_tokens)
+        assert engine.prefix_allocator.num_used == num_blocks_for(prefixes[digest].num_virtual_tokens)
     assert most_running == 64
     assert engine.residents.counts.num_loads == 1

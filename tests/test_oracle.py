@@ -32,9 +32,10 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, split_pool
 from server.engine.kv_blocks import KVBlocks
 from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.resident_prefixes import ResidentPrefix
 from server.engine.sampling_params import SamplingParams
 from server.engine.self_check import self_check
-from server.engine.sequence import PrefixRef, Sequence
+from server.engine.sequence import PrefixRef, Row, Sequence
 from tests.tiny_models import FAMILIES, VOCAB, letter_tokenizer
 
 NEW_TOKENS, TIE = 32, 1e-3
@@ -135,9 +136,9 @@ def run_ours(model: Any, shape: Any, cases: list[Case], prefixes: dict[str, Pref
     engine = Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=16)
     rows = []
     for case in cases:
-        ref = PrefixRef(case.task, prefixes[case.task].num_virtual_tokens) if case.task in prefixes else None
+        members = ((PrefixRef(case.task, prefixes[case.task].layout),),) if case.task in prefixes else ((),)
         params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-        rows.append(Sequence(case.task, case.prompt, params, Detokenizer(tokenizer), ref))
+        rows.append(Sequence(case.task, case.prompt, params, Detokenizer(tokenizer), members))
     arriving = list(rows)
     while arriving or engine.has_work:
         if arriving:
@@ -145,7 +146,7 @@ def run_ours(model: Any, shape: Any, cases: list[Case], prefixes: dict[str, Pref
         for output in engine.step():
             assert output.error is None, output.error
         engine.check_integrity()
-    return [row.token_ids[row.num_prompt_tokens :] for row in rows]
+    return [row.output_token_ids for row in rows]
 
 
 def wrong(cases: list[Case], answers: list[list[int]]) -> list[str]:
@@ -183,16 +184,20 @@ def test_first_step_logits_equal_peft(family: tuple[Any, Any, list[Case]]) -> No
     model, shape, cases = family
     kv_blocks = KVBlocks(shape, 64, torch.device("cpu"))
     runner = ModelRunner(model, shape, kv_blocks)
-    rows, block = [], 1
+    free = iter(range(1, 64))
+    rows = []
     for case in cases:
-        table = []
+        row = Row((), case.prompt, (), 1)
         if case.prefix is not None:
-            table, block = [block], block + 1
-            runner.fill(case.prefix, table)
-        num_virtual = case.prefix.num_virtual_tokens if case.prefix else 0
-        own, block = [block, block + 1], block + 2
-        rows.append(batch.PackedRow(case.prompt, 0, len(case.prompt), num_virtual, table, own, wants_logits=True))
-    logits = runner.run(batch.make_batch(rows, kv_blocks))
+            ref = PrefixRef(case.task, case.prefix.layout)
+            resident = ResidentPrefix(ref, [next(free)])
+            runner.load(case.prefix, resident)
+            row = Row((ref,), case.prompt, (), 1)
+            row.residents = [resident]
+        row.block_table = [next(free), next(free)]
+        row.num_scheduled_tokens = len(case.prompt)
+        rows.append(row)
+    logits = runner.run(batch.batch_of(rows, set(rows), kv_blocks))
     for case, found in zip(cases, logits, strict=True):
         assert float((found - case.logits[0]).abs().max()) < 1e-4 * max(1.0, float(case.logits[0].abs().max())), (
             case.task
@@ -216,13 +221,13 @@ def test_a_dropped_virtual_token_is_noticed(family: tuple[Any, Any, list[Case]])
 
 def test_shifted_positions_are_noticed(family: tuple[Any, Any, list[Case]], monkeypatch: pytest.MonkeyPatch) -> None:
     model, shape, cases = family
-    made = batch.make_batch
+    made = batch.batch_of
 
-    def shifted(rows: Any, kv_blocks: Any, inputs_embeds: Any = None) -> batch.Batch:
-        found = made(rows, kv_blocks, inputs_embeds)
+    def shifted(*args: Any) -> batch.Batch:
+        found = made(*args)
         # Relative positions do not see a shift of everything: text moves, what a row has already written does not.
         far = torch.where(found.position_ids > 12, found.position_ids + 1, found.position_ids)
         return replace(found, position_ids=far)
 
-    monkeypatch.setattr("server.engine.engine.make_batch", shifted)
+    monkeypatch.setattr("server.engine.engine.batch_of", shifted)
     assert wrong(cases, run_ours(model, shape, cases, prefixes_of(cases)))

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 import structlog
 
-from prefix_store.prefix import ModelShape, Prefix
+from prefix_store.prefix import Layout, ModelShape, Prefix
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
 from server.engine.errors import EngineError, GenerationError, OverloadedError, PrefixFaultError, PromptTooLongError
-from server.engine.kv_blocks import BLOCK_SIZE, block_bytes, num_blocks_for
+from server.engine.kv_blocks import BLOCK_SIZE, block_bytes, prefix_blocks
 from server.engine.resident_prefixes import ResidencyCounts
 from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import FinishReason, PrefixRef, Sequence, TokenOutput
+from server.engine.sequence import Composition, FinishReason, PrefixRef, Sequence, TokenOutput
 from server.metrics import Metrics
 
 HEARTBEAT_S = 10.0
@@ -104,7 +104,7 @@ class RequestStream:
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        return self._sequence.token_ids[: self._sequence.num_prompt_tokens]
+        return self._sequence.prompt_token_ids
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -207,10 +207,10 @@ class AsyncEngine:
         self,
         prompt: str | list[int],
         sampling_params: SamplingParams,
-        prefix: PrefixRef | None,
+        members: tuple[Composition, ...],
         request_id: str,
     ) -> RequestStream:
-        """Admit a request. Raises OverloadedError before tokenising, PromptTooLongError after."""
+        """Admit a request of one row a member. Raises OverloadedError before tokenising, PromptTooLongError after."""
         if self._is_draining:
             self._metrics.rejected("draining")
             raise OverloadedError("the server is stopping")
@@ -219,15 +219,13 @@ class AsyncEngine:
         self._queued[request_id] = num_tokens
         try:
             token_ids = prompt if isinstance(prompt, list) else await self._tokenise(prompt)
-            self._check_context(len(token_ids), sampling_params, prefix)
+            for prefixes in members:
+                self._check_context(len(token_ids), sampling_params, prefixes)
             detokenizer = Detokenizer(self.tokenizer, sampling_params.stop, sampling_params.include_stop)
-            sequence = Sequence(request_id, token_ids, sampling_params, detokenizer, prefix)
+            start_ids = self._engine.runner.decoder_start_ids
+            sequence = Sequence(request_id, token_ids, sampling_params, detokenizer, members, start_ids)
             stream = RequestStream(sequence, lambda: self._abort(request_id))
-            if sequence.max_text_tokens > self._engine.max_text_tokens:
-                raise PromptTooLongError(
-                    f"prompt ({sequence.num_prompt_tokens} tokens) and max_new_tokens "
-                    f"({sampling_params.max_new_tokens}) must fit {self._engine.max_text_tokens} tokens of KV memory"
-                )
+            self._engine.check_room(sequence)
         except BaseException:
             del self._queued[request_id]
             raise
@@ -239,11 +237,12 @@ class AsyncEngine:
 
     async def check(self, prefix: Prefix) -> None:
         """A trial forward on a few tokens, off the step loop. Raises PrefixFaultError if its logits are not finite."""
-        blocks = num_blocks_for(prefix.num_virtual_tokens)
-        if blocks > self._engine.prefix_allocator.num_blocks:
+        needed = self.bytes_on_device(prefix.layout)
+        available = self._engine.prefix_allocator.num_blocks * self._block_bytes
+        if needed > available:
             raise PrefixFaultError(
-                f"{prefix.num_virtual_tokens} virtual tokens need {self.bytes_on_device(prefix.num_virtual_tokens)} "
-                f"bytes of prefix memory, the pool has {self._engine.prefix_allocator.num_blocks * self._block_bytes}"
+                f"{prefix.num_virtual_tokens} virtual tokens need {needed} bytes of prefix memory, "
+                f"the pool has {available}"
             )
         token_ids = [1 % self.shape.vocab_size, 2 % self.shape.vocab_size]
         await asyncio.to_thread(self._engine.runner.check, prefix, token_ids)
@@ -278,14 +277,14 @@ class AsyncEngine:
         resident = self._engine.residents.get(digest)
         return 0 if resident is None else len(resident.block_table) * self._block_bytes
 
-    def bytes_on_device(self, num_virtual_tokens: int) -> int:
-        return num_blocks_for(num_virtual_tokens) * self._block_bytes
+    def bytes_on_device(self, layout: Layout) -> int:
+        return prefix_blocks(layout, self.shape) * self._block_bytes
 
     def stats(self) -> EngineStats:
         engine = self._engine
         return EngineStats(
             num_running=len(engine.scheduler.running),
-            num_waiting=len(self._streams) - len(engine.scheduler.running),
+            num_waiting=max(0, len(self._streams) - len(engine.scheduler.running)),
             num_rows_max=engine.scheduler.max_rows,
             kv_blocks_used=engine.own_allocator.num_used,
             kv_blocks_total=engine.own_allocator.num_blocks,
@@ -317,13 +316,36 @@ class AsyncEngine:
             self._metrics.rejected("queue_tokens")
             raise OverloadedError(f"the queue holds {queued_tokens} tokens, its limit is {self._max_queued_tokens}")
 
-    def _check_context(self, num_tokens: int, params: SamplingParams, prefix: PrefixRef | None) -> None:
-        num_virtual = prefix.num_virtual_tokens if prefix else 0
+    def _check_context(self, num_tokens: int, params: SamplingParams, prefixes: Composition) -> None:
         if num_tokens == 0:
             raise PromptTooLongError("the prompt must have at least one token, got 0")
-        if num_virtual + num_tokens + params.max_new_tokens > self.max_context:
+        layouts = [ref.layout for ref in prefixes]
+        num_encoder, num_decoder, num_cross = (
+            sum(getattr(layout, f"num_{part}_tokens") for layout in layouts) for part in ("encoder", "decoder", "cross")
+        )
+        num_virtual = max(num_encoder, num_decoder, num_cross)
+        if num_virtual > self.shape.max_virtual_tokens:
             raise PromptTooLongError(
-                f"virtual tokens ({num_virtual}) + prompt tokens ({num_tokens}) + max_new_tokens "
+                f"virtual tokens of {len(prefixes)} prefixes together must be <= {self.shape.max_virtual_tokens}, "
+                f"got {num_virtual}"
+            )
+        if self.shape.is_encoder_decoder:
+            num_start = len(self._engine.runner.decoder_start_ids)
+            if num_encoder + num_tokens > self.max_context:
+                raise PromptTooLongError(
+                    f"encoder: virtual tokens ({num_encoder}) + prompt tokens ({num_tokens}) "
+                    f"must be <= {self.max_context}"
+                )
+            if num_decoder + num_start + params.max_new_tokens > self.max_context:
+                raise PromptTooLongError(
+                    f"decoder: virtual tokens ({num_decoder}) + start tokens ({num_start}) + max_new_tokens "
+                    f"({params.max_new_tokens}) must be <= {self.max_context}"
+                )
+            return
+        num_separators = sum(layout.separator is not None for layout in layouts)
+        if num_decoder + num_tokens + num_separators + params.max_new_tokens > self.max_context:
+            raise PromptTooLongError(
+                f"virtual tokens ({num_decoder}) + prompt tokens ({num_tokens + num_separators}) + max_new_tokens "
                 f"({params.max_new_tokens}) must be <= {self.max_context}"
             )
 

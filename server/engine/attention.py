@@ -6,30 +6,15 @@ its own, so both are one gather and one batched product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
-from server.engine.batch import AttentionGroup, Batch
+from server.engine.batch import AttentionGroup, Batch, current_batch
+from server.engine.model_families import bias_of_distance
 
 NAME = "prefixserve"
-# Not an argument of the model's forward: some families do not hand those on to their attention (StableLM). A trial
-# forward may run in another thread meanwhile, so it belongs to the context.
-_batch: ContextVar[Batch] = ContextVar("batch")
-
-
-@contextmanager
-def attending(batch: Batch) -> Iterator[None]:
-    """Inside, every call of `packed_attention` is about `batch`."""
-    token = _batch.set(batch)
-    try:
-        yield
-    finally:
-        _batch.reset(token)
 
 
 def packed_attention(
@@ -43,24 +28,33 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write the step's K and V, then attend group by group.
 
-    `query` `[1, num_heads, num_tokens, head_dim]`, `key` and `value` `[1, num_kv_heads, num_tokens, head_dim]`;
-    returns `[1, num_tokens, num_heads, head_dim]`. `s_aux` `[num_heads]` are sinks: logits that take weight and give
-    nothing.
+    `query` `[1, num_heads, num_tokens, head_dim]`, `key` and `value` `[1, num_kv_heads, num_tokens, head_dim]` (in
+    cross-attention: of the encoded tokens of rows that start); returns `[1, num_tokens, num_heads, head_dim]`. `s_aux`
+    `[num_heads]` are sinks: logits that take weight and give nothing. `position_bias` is T5's table of biases
+    `[num_buckets, num_heads]` (see `model_families`).
     """
     assert attention_mask is None, "the stream carries its own masks"
-    batch = _batch.get()
+    batch = current_batch.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    batch.kv_blocks.write(layer, batch.slot_mapping, key[0], value[0])
+    groups, slot_mapping = batch.groups, batch.slot_mapping
+    is_cross = bool(batch.cross_groups) and not module.is_causal
+    if is_cross:
+        groups, slot_mapping = batch.cross_groups, batch.cross_slot_mapping
+    batch.kv_blocks.write(layer, slot_mapping, key[0], value[0])
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     queries = query[0].transpose(0, 1)  # [num_tokens, num_heads, head_dim]
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    for group in batch.groups:
-        attended = _attend(layer, queries, group, batch, scaling, sliding_window, softcap, s_aux)
+    for group in groups:
+        bias = None
+        if position_bias is not None and not is_cross:
+            bias = group.bias(position_bias, bias_of_distance(module, position_bias))
+        attended = _attend(layer, queries, group, batch, scaling, sliding_window, softcap, s_aux, bias)
         if group.kept is not None:
             attended = attended.index_select(0, group.kept)
         out.index_copy_(0, group.out_index, attended)
@@ -76,6 +70,7 @@ def _attend(
     sliding_window: int | None,
     softcap: float | None,
     s_aux: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """The group's outputs `[rows * max_queries, num_heads, head_dim]`."""
     num_heads, head_dim = queries.shape[1:]
@@ -89,7 +84,9 @@ def _attend(
     if softcap is not None:
         scores = torch.tanh_(scores / softcap).mul_(softcap)
     scores = scores.view(rows, num_kv_heads, shared, max_queries, -1)
-    scores += group.mask(sliding_window, scores.dtype)
+    if bias is not None:
+        scores += bias.view(scores.shape)
+    scores += group.mask(layer, sliding_window, scores.dtype)
     if s_aux is not None:
         sinks = s_aux.to(scores.dtype).view(1, num_kv_heads, shared, 1, 1).expand(rows, -1, -1, max_queries, -1)
         weights = torch.softmax(torch.cat((scores, sinks), -1), -1)[..., :-1]

@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from server.engine.kv_blocks import BLOCK_SIZE, NULL_BLOCK, KVBlocks, num_blocks_for
-from server.engine.sequence import Sequence
+from server.engine.sequence import NEVER, Context, Positions, Row
 
-NEVER = 2**30  # the position of a slot that no query may see
 SHORT_BLOCKS = 8  # rows up to this many blocks share a group, whatever their length
 
 
 @dataclass(frozen=True)
-class PackedRow:
-    """One row's share of the stream: text tokens `start .. end - 1` behind `num_virtual_tokens` virtual ones."""
+class Hidden:
+    """Slots `start .. end - 1` of a row's keys are there only in `layers`: a prefix for some layers."""
 
-    token_ids: list[int] | None  # of the text tokens start..end-1; None for embeddings
     start: int
     end: int
-    num_virtual_tokens: int
-    prefix_blocks: list[int]
-    own_blocks: list[int]
-    wants_logits: bool
+    layers: frozenset[int]
 
-    @property
-    def num_tokens(self) -> int:
-        return self.end - self.start
+
+@dataclass(frozen=True)
+class Keys:
+    """What the queries of a row see: blocks, the position in every slot of them, and what some layers lack."""
+
+    block_table: list[int]
+    positions: Positions  # [len(block_table) * BLOCK_SIZE] or longer
+    hidden: tuple[Hidden, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One row's share of the stream. A negative token id -1-i takes row i of `embeddings` `[n, hidden_size]`.
+
+    Token k of the stream is written to slot `start + k` of `own_blocks`.
+    """
+
+    token_ids: list[int]
+    positions: Positions  # [num_tokens]
+    start: int
+    own_blocks: list[int]
+    keys: Keys
+    cross_keys: Keys | None = None
+    embeddings: torch.Tensor | None = None
+    wants_logits: bool = False
 
 
 @dataclass
@@ -46,118 +67,202 @@ class AttentionGroup:
     block_index: torch.Tensor
     query_positions: torch.Tensor
     key_positions: torch.Tensor
-    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    is_causal: bool
+    hidden: tuple[tuple[int, Hidden], ...] = ()  # (row, what some layers lack)
+    _masks: dict[tuple[int | None, tuple[bool, ...]], torch.Tensor] = field(default_factory=dict)
+    _biases: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    def mask(self, layer: int, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """`[rows, 1, 1, max_queries, slots]`, 0 where the query sees the key and -inf elsewhere."""
-        found = self._masks.get(sliding_window)
+        present = tuple(layer in hidden.layers for _, hidden in self.hidden)
+        found = self._masks.get((sliding_window, present))
         if found is None:
-            distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
-            seen = distance >= 0
-            if sliding_window is not None:
-                seen &= distance < sliding_window
+            key_positions = self.key_positions
+            if not all(present):
+                key_positions = key_positions.clone()
+                for (row, hidden), is_there in zip(self.hidden, present, strict=True):
+                    if not is_there:
+                        key_positions[row, hidden.start : hidden.end] = NEVER
+            if self.is_causal:
+                distance = self.query_positions[:, :, None] - key_positions[:, None, :]
+                seen = distance >= 0
+                if sliding_window is not None:
+                    seen &= distance < sliding_window
+            else:
+                seen = (key_positions != NEVER)[:, None, :].expand(-1, self.query_positions.shape[1], -1)
             found = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
             found = found[:, None, None]
-            self._masks[sliding_window] = found
+            self._masks[sliding_window, present] = found
+        return found
+
+    def bias(self, table: torch.Tensor, of_distance: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`of_distance(key - query)` `[rows, max_queries, slots] -> [rows, max_queries, slots, heads]`, once a step and
+        table, as `[rows, heads, max_queries, slots]`."""
+        found = self._biases.get(id(table))
+        if found is None:
+            distance = self.key_positions[:, None, :] - self.query_positions[:, :, None]
+            found = self._biases[id(table)] = of_distance(distance).permute(0, 3, 1, 2).contiguous()
         return found
 
 
 @dataclass
 class Batch:
-    """The step: `[1, num_tokens]` ids or `[1, num_tokens, hidden_size]` embeddings, with explicit positions."""
+    """The step: ids `[1, num_tokens]` with explicit positions; `embeddings` replace the ids at `embedding_index`."""
 
+    input_ids: torch.Tensor  # [1, num_tokens]
     position_ids: torch.Tensor  # [1, num_tokens]
     slot_mapping: torch.Tensor  # [2 * num_kv_heads * num_tokens]
     groups: list[AttentionGroup]
     logits_index: torch.Tensor  # [num_logits]
     kv_blocks: KVBlocks
-    input_ids: torch.Tensor | None = None
-    inputs_embeds: torch.Tensor | None = None
+    embedding_index: torch.Tensor | None = None  # [n]
+    embeddings: torch.Tensor | None = None  # [n, hidden_size]
+    cross_groups: list[AttentionGroup] = field(default_factory=list)
+    encoder: Batch | None = None  # of the rows that start
+
+    @property
+    def cross_slot_mapping(self) -> torch.Tensor:
+        """Where rows that start keep the K and V of their encoded tokens: in the slots that the encoder passed."""
+        if self.encoder is not None:
+            return self.encoder.slot_mapping
+        return self.slot_mapping[:0]
 
 
-def rows_of(scheduled: list[Sequence]) -> list[PackedRow]:
-    """The packed rows of scheduled sequences; a row whose last known token is computed wants logits."""
-    rows = []
-    for sequence in scheduled:
-        start = sequence.num_computed_tokens
-        end = start + sequence.num_scheduled_tokens
-        rows.append(
-            PackedRow(
-                token_ids=sequence.token_ids[start:end],
-                start=start,
-                end=end,
-                num_virtual_tokens=sequence.num_virtual_tokens,
-                prefix_blocks=sequence.resident.block_table if sequence.resident else [],
-                own_blocks=sequence.block_table,
-                wants_logits=end == len(sequence.token_ids),
-            )
-        )
-    return rows
+# Not an argument of the model's forward: some families do not hand those on to their attention (StableLM). A trial
+# forward may run in another thread meanwhile, so it belongs to the context.
+current_batch: ContextVar[Batch] = ContextVar("current_batch")
 
 
-def make_batch(rows: list[PackedRow], kv_blocks: KVBlocks, inputs_embeds: torch.Tensor | None = None) -> Batch:
-    """Pack rows. `inputs_embeds` `[num_tokens, hidden_size]` stands in for the rows' token ids."""
-    device = kv_blocks.device
-    offsets, num_tokens = [], 0
-    token_ids: list[int] = []
-    block_ids: list[int] = []
-    slot_offsets: list[int] = []
-    positions: list[int] = []
-    logits_index: list[int] = []
-    for row in rows:
-        offsets.append(num_tokens)
-        num_tokens += row.num_tokens
-        if row.token_ids is not None:
-            token_ids += row.token_ids
-        for token in range(row.start, row.end):
-            block_ids.append(row.own_blocks[token // BLOCK_SIZE])
-            slot_offsets.append(token % BLOCK_SIZE)
-            positions.append(row.num_virtual_tokens + token)
-        if row.wants_logits:
-            logits_index.append(num_tokens - 1)
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for i, row in enumerate(rows):
-        num_blocks = max(len(row.prefix_blocks) + num_blocks_for(row.end), SHORT_BLOCKS)
-        by_size.setdefault(((row.num_tokens - 1).bit_length(), (num_blocks - 1).bit_length()), []).append(i)
-    groups = [
-        _group([rows[i] for i in members], [offsets[i] for i in members], kv_blocks) for members in by_size.values()
-    ]
-    return Batch(
-        position_ids=torch.tensor([positions], device=device),
-        slot_mapping=kv_blocks.slots(torch.tensor(block_ids), torch.tensor(slot_offsets)),
-        groups=groups,
-        logits_index=torch.tensor(logits_index, dtype=torch.long, device=device),
-        kv_blocks=kv_blocks,
-        input_ids=torch.tensor([token_ids], device=device) if inputs_embeds is None else None,
-        inputs_embeds=None if inputs_embeds is None else inputs_embeds[None].to(device),
+@contextmanager
+def attending(batch: Batch) -> Iterator[None]:
+    """Inside, every attention of the model is about `batch`."""
+    token = current_batch.set(batch)
+    try:
+        yield
+    finally:
+        current_batch.reset(token)
+
+
+def batch_of(rows: list[Row], sampled: set[Row], kv_blocks: KVBlocks) -> Batch:
+    """The step of rows with scheduled tokens; those of `sampled` want the logits of their last one."""
+    encoder = None
+    starting = [row for row in rows if row.num_unencoded_tokens]
+    if starting:
+        encoder = make_batch([_encoder_row(row) for row in starting], kv_blocks, is_causal=False)
+    return make_batch([_decoder_row(row, wants_logits=row in sampled) for row in rows], kv_blocks, encoder=encoder)
+
+
+def _decoder_row(row: Row, *, wants_logits: bool) -> PackedRow:
+    start, end = row.num_computed_tokens, row.num_computed_tokens + row.num_scheduled_tokens
+    return PackedRow(
+        token_ids=row.token_ids[start:end],
+        positions=row.context.own_positions[start:end],
+        start=start,
+        own_blocks=row.block_table,
+        keys=_keys(row, row.context, row.block_table[: num_blocks_for(end)]),
+        cross_keys=_keys(row, row.cross_context, row.cross_table) if row.encoder_ids else None,
+        embeddings=row.embeddings,
+        wants_logits=wants_logits,
     )
 
 
-def _group(rows: list[PackedRow], offsets: list[int], kv_blocks: KVBlocks) -> AttentionGroup:
+def _encoder_row(row: Row) -> PackedRow:
+    return PackedRow(
+        token_ids=row.encoder_ids,
+        positions=row.encoder_context.own_positions,
+        start=0,
+        own_blocks=row.cross_table,
+        keys=_keys(row, row.encoder_context, row.cross_table),
+        embeddings=row.embeddings,
+    )
+
+
+def _keys(row: Row, context: Context, own_blocks: list[int]) -> Keys:
+    hidden = []
+    for span in context.spans:
+        layers = row.residents[span.index].partial_layers.get(span.part)
+        if layers is not None:
+            hidden.append(Hidden(span.start, span.start + span.num_tokens, layers))
+    return Keys(row.shared_blocks(context) + own_blocks, context.slot_positions, tuple(hidden))
+
+
+def make_batch(
+    rows: list[PackedRow], kv_blocks: KVBlocks, *, is_causal: bool = True, encoder: Batch | None = None
+) -> Batch:
+    """Pack rows into one stream."""
     device = kv_blocks.device
-    num_queries = torch.tensor([row.num_tokens for row in rows])[:, None]
-    starts = torch.tensor(offsets)[:, None]
-    max_queries = int(num_queries.max())
-    steps = torch.arange(max_queries)[None]
-    clamped = torch.minimum(steps, num_queries - 1)
+    offsets: list[int] = []
+    token_ids: list[int] = []
+    slots: list[int] = []
+    logits_index: list[int] = []
+    tables: list[torch.Tensor] = []
+    for row in rows:
+        offsets.append(len(token_ids))
+        token_ids += row.token_ids
+        end = row.start + len(row.token_ids)
+        slots += [row.own_blocks[k // BLOCK_SIZE] * BLOCK_SIZE + k % BLOCK_SIZE for k in range(row.start, end)]
+        if row.wants_logits:
+            logits_index.append(len(token_ids) - 1)
+        if row.embeddings is not None:
+            taken = [-1 - token for token in row.token_ids if token < 0]
+            tables += [row.embeddings[torch.tensor(taken, device=row.embeddings.device)]] if taken else []
+    embedding_index = torch.tensor([i for i, token in enumerate(token_ids) if token < 0])
+    positions = np.concatenate([row.positions for row in rows])
+    own_slots = torch.tensor(slots)
+    return Batch(
+        input_ids=torch.tensor([token_ids]).clamp_(min=0).to(device),
+        position_ids=torch.from_numpy(positions)[None].to(device),
+        slot_mapping=kv_blocks.slots(own_slots // BLOCK_SIZE, own_slots % BLOCK_SIZE),
+        groups=_groups([row.keys for row in rows], rows, offsets, kv_blocks, is_causal=is_causal),
+        logits_index=torch.tensor(logits_index, dtype=torch.long, device=device),
+        kv_blocks=kv_blocks,
+        embedding_index=embedding_index.to(device) if tables else None,
+        embeddings=torch.cat(tables) if tables else None,
+        cross_groups=_groups([row.cross_keys for row in rows], rows, offsets, kv_blocks, is_causal=False),
+        encoder=encoder,
+    )
+
+
+def _groups(
+    keys: Iterable[Keys | None], rows: list[PackedRow], offsets: list[int], kv_blocks: KVBlocks, *, is_causal: bool
+) -> list[AttentionGroup]:
+    by_size: dict[tuple[int, int], list[tuple[Keys, PackedRow, int]]] = {}
+    for seen, row, offset in zip(keys, rows, offsets, strict=True):
+        if seen is not None:
+            num_blocks = max(len(seen.block_table), SHORT_BLOCKS)
+            size = ((len(row.token_ids) - 1).bit_length(), (num_blocks - 1).bit_length())
+            by_size.setdefault(size, []).append((seen, row, offset))
+    return [_group(members, kv_blocks, is_causal=is_causal) for members in by_size.values()]
+
+
+def _group(members: list[tuple[Keys, PackedRow, int]], kv_blocks: KVBlocks, *, is_causal: bool) -> AttentionGroup:
+    device = kv_blocks.device
+    counts = np.array([len(row.token_ids) for _, row, _ in members])[:, None]
+    starts = np.array([offset for _, _, offset in members])[:, None]
+    max_queries = int(counts.max())
+    steps = np.arange(max_queries)[None]
+    clamped = np.minimum(steps, counts - 1)
     query_index = starts + clamped  # [rows, max_queries]
-    counts = steps < num_queries
-    first = torch.tensor([row.num_virtual_tokens + row.start for row in rows])[:, None]
-    tables = [row.prefix_blocks + row.own_blocks[: num_blocks_for(row.end)] for row in rows]
-    max_blocks = max(len(table) for table in tables)
-    block_tables = torch.tensor([table + [NULL_BLOCK] * (max_blocks - len(table)) for table in tables])
-    # A prefix fills whole blocks, so its last one may end in slots that nobody sees; text starts at a new block.
-    num_virtual = torch.tensor([row.num_virtual_tokens for row in rows])[:, None]
-    prefix_slots = torch.tensor([len(row.prefix_blocks) * BLOCK_SIZE for row in rows])[:, None]
-    slots = torch.arange(max_blocks * BLOCK_SIZE)[None]
-    text_positions = slots - prefix_slots + num_virtual
-    key_positions = torch.where(slots < num_virtual, slots, torch.where(slots < prefix_slots, NEVER, text_positions))
+    is_kept = steps < counts
+    max_blocks = max(len(seen.block_table) for seen, _, _ in members)
+    tables = np.full((len(members), max_blocks), NULL_BLOCK)
+    key_positions = np.full((len(members), max_blocks * BLOCK_SIZE), NEVER)
+    query_positions = np.empty((len(members), max_queries), dtype=np.int64)
+    hidden: list[tuple[int, Hidden]] = []
+    for i, (seen, row, _) in enumerate(members):
+        num_slots = len(seen.block_table) * BLOCK_SIZE
+        tables[i, : len(seen.block_table)] = seen.block_table
+        key_positions[i, :num_slots] = seen.positions[:num_slots]
+        query_positions[i] = row.positions[clamped[i]]
+        hidden += [(i, span) for span in seen.hidden]
     return AttentionGroup(
-        num_rows=len(rows),
-        query_index=query_index.reshape(-1).to(device),
-        kept=None if bool(counts.all()) else counts.reshape(-1).nonzero()[:, 0].to(device),
-        out_index=query_index[counts].to(device),
-        block_index=kv_blocks.blocks(block_tables),
-        query_positions=(first + clamped).to(device),
-        key_positions=key_positions.to(device),
+        num_rows=len(members),
+        query_index=torch.from_numpy(query_index.reshape(-1)).to(device),
+        kept=None if is_kept.all() else torch.from_numpy(is_kept.reshape(-1).nonzero()[0]).to(device),
+        out_index=torch.from_numpy(query_index[is_kept]).to(device),
+        block_index=kv_blocks.blocks(torch.from_numpy(tables)),
+        query_positions=torch.from_numpy(query_positions).to(device),
+        key_positions=torch.from_numpy(key_positions).to(device),
+        is_causal=is_causal,
+        hidden=tuple(hidden),
     )

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-import torch
-
 from prefix_store.prefix import Prefix
-from server.engine.batch import make_batch, rows_of
+from server.engine.batch import batch_of
 from server.engine.errors import EngineError, GenerationError, PromptTooLongError
-from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, num_blocks_for
+from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, num_blocks_for, prefix_blocks
 from server.engine.model_runner import ModelRunner
 from server.engine.resident_prefixes import ResidentPrefix, ResidentPrefixes
 from server.engine.sampler import Sample, sample
@@ -60,7 +58,9 @@ class Engine:
         num_own_blocks = runner.kv_blocks.num_blocks - 1 - num_prefix_blocks
         self.prefix_allocator = BlockAllocator(1, num_prefix_blocks)
         self.own_allocator = BlockAllocator(1 + num_prefix_blocks, num_own_blocks)
-        self.residents = ResidentPrefixes(self.prefix_allocator, self._start_load)
+        self.residents = ResidentPrefixes(
+            self.prefix_allocator, lambda layout: prefix_blocks(layout, runner.shape), self._start_load
+        )
         self.scheduler = Scheduler(
             self.own_allocator,
             self.residents,
@@ -71,27 +71,38 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
 
     @property
-    def max_text_tokens(self) -> int:
-        """Text tokens that one row alone could keep in the pool."""
-        return self.own_allocator.num_blocks * BLOCK_SIZE
-
-    @property
     def has_work(self) -> bool:
         return bool(self._sequences)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a row. Raises PromptTooLongError for one that could never finish."""
-        if sequence.max_text_tokens > self.max_text_tokens:
-            raise PromptTooLongError(
-                f"prompt ({sequence.num_prompt_tokens} tokens) and max_new_tokens "
-                f"({sequence.sampling_params.max_new_tokens}) must fit {self.max_text_tokens} tokens of KV memory"
-            )
+        """Queue a sequence. Raises as `check_room`."""
+        self.check_room(sequence)
         assert sequence.request_id not in self._sequences
         self._sequences[sequence.request_id] = sequence
         self.scheduler.add(sequence)
 
+    def check_room(self, sequence: Sequence) -> None:
+        """Raises PromptTooLongError for a sequence that could never finish, even alone."""
+        if sequence.max_blocks > self.own_allocator.num_blocks:
+            raise PromptTooLongError(
+                f"prompt ({sequence.num_prompt_tokens} tokens) and max_new_tokens "
+                f"({sequence.sampling_params.max_new_tokens}) in {len(sequence.rows)} rows must fit "
+                f"{self.own_allocator.num_blocks * BLOCK_SIZE} tokens of KV memory"
+            )
+        refs = {ref.digest: ref for row in sequence.rows for ref in row.prefixes}
+        needed = sum(prefix_blocks(ref.layout, self.runner.shape) for ref in refs.values())
+        if needed > self.prefix_allocator.num_blocks:
+            raise PromptTooLongError(
+                f"{len(refs)} prefixes need {needed} blocks of prefix memory together, "
+                f"the pool has {self.prefix_allocator.num_blocks}"
+            )
+        if len(sequence.rows) > self.scheduler.max_rows:
+            raise PromptTooLongError(
+                f"an ensemble must have <= {self.scheduler.max_rows} members, got {len(sequence.rows)}"
+            )
+
     def abort(self, request_id: str) -> None:
-        """Forget a row and free all it holds. Unknown or finished ids are fine."""
+        """Forget a sequence and free all it holds. Unknown or finished ids are fine."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self.scheduler.finish(sequence)
@@ -112,39 +123,41 @@ class Engine:
     def check_integrity(self) -> None:
         """Every block is free or has one owner; every row that holds a prefix is counted. For tests, after a step."""
         self.residents.check_integrity()
-        rows = [*self.scheduler.running, *self.scheduler.waiting]
-        assert {id(row) for row in rows} == {id(row) for row in self._sequences.values()}
-        used = [block for row in rows for block in row.block_table]
+        sequences = [*self.scheduler.running, *self.scheduler.waiting]
+        assert {id(sequence) for sequence in sequences} == {id(sequence) for sequence in self._sequences.values()}
+        rows = [row for sequence in sequences for row in sequence.rows]
+        used = [block for row in rows for block in (*row.block_table, *row.cross_table)]
         assert len(used) == len(set(used)), "two rows share a block"
         assert not self.own_allocator.free_ids() & set(used), "a used block is in the free list"
         assert len(used) == self.own_allocator.num_used, "a block leaked"
-        held = sum(1 for row in rows if row.resident is not None)
+        held = sum(len(row.residents) for row in rows)
         assert held == self.residents.num_references, "a prefix is held by a row that is gone"
 
     def _run(self, scheduled: list[Sequence]) -> list[StepOutput]:
+        rows = [row for sequence in scheduled for row in sequence.rows if row.num_scheduled_tokens]
+        sampled = [sequence for sequence in scheduled if sequence.is_sampled]
         try:
-            return self._advance(scheduled, self.runner.run(make_batch(rows_of(scheduled), self.runner.kv_blocks)))
+            batch = batch_of(rows, {row for sequence in sampled for row in sequence.rows}, self.runner.kv_blocks)
+            samples = sample(self.runner.run(batch), sampled)
         except (RuntimeError, IndexError, ValueError) as error:
             if len(scheduled) == 1:
                 return [self._fail(scheduled[0], GenerationError(f"the step failed: {error}"))]
-            # Whoever is at fault fails alone: each row again by itself. K and V are written to the same slots.
+            # Whoever is at fault fails alone: each again by itself. K and V are written to the same slots.
             return [output for sequence in scheduled for output in self._run([sequence])]
-
-    def _advance(self, scheduled: list[Sequence], logits: torch.Tensor) -> list[StepOutput]:
-        sampled = [s for s in scheduled if s.num_computed_tokens + s.num_scheduled_tokens == len(s.token_ids)]
-        samples = sample(logits, sampled)
-        for sequence in scheduled:
-            sequence.num_computed_tokens += sequence.num_scheduled_tokens
-            sequence.num_scheduled_tokens = 0
+        for row in rows:
+            row.num_computed_tokens += row.num_scheduled_tokens
+            row.num_scheduled_tokens = 0
+            row.is_encoded = True
         return [self._append(sequence, chosen) for sequence, chosen in zip(sampled, samples, strict=True)]
 
     def _append(self, sequence: Sequence, chosen: Sample) -> StepOutput:
         if chosen.token_id is None:
-            self.runner.kv_blocks.clear(sequence.block_table)
+            for row in sequence.rows:
+                self.runner.kv_blocks.clear(row.block_table + row.cross_table)
             return self._fail(sequence, GenerationError("the row's logits must be finite, got NaN or infinity"))
         params = sequence.sampling_params
         token_id = chosen.token_id
-        sequence.token_ids.append(token_id)
+        sequence.append(token_id)
         text = sequence.detokenizer.append(token_id)
         if token_id in self._eos_token_ids and not params.ignore_eos:
             sequence.finish_reason = "eos_token"
@@ -186,11 +199,9 @@ class Engine:
         resident.started_s = time.monotonic()
         try:
             prefix = self._load_prefix(resident.ref.digest)
-            if prefix.num_virtual_tokens != resident.ref.num_virtual_tokens:
-                raise ValueError(
-                    f"expected {resident.ref.num_virtual_tokens} virtual tokens, got {prefix.num_virtual_tokens}"
-                )
-            self.runner.fill(prefix, resident.block_table)
+            if prefix.layout != resident.ref.layout:
+                raise ValueError(f"expected {resident.ref.layout}, got {prefix.layout}")
+            self.runner.load(prefix, resident)
         except Exception as error:  # whatever it is, it is this prefix's failure and must reach those who wait
             self._finished_loads.put((resident, error))
         else:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from prefix_store.prefix import ModelShape
+from prefix_store.prefix import Layout, ModelShape
 
 BLOCK_SIZE = 16  # tokens
 NULL_BLOCK = 0  # always zeros; pads block tables
 
 
 class KVBlocks:
-    """`kv` is `[num_layers, 2, num_blocks, num_kv_heads, block_size * head_dim]`, keys before values.
+    """`kv` is `[layers, 2, num_blocks, num_kv_heads, block_size * head_dim]`, keys before values.
 
     Heads come before tokens inside a block, so gathered blocks form `[rows * kv_heads, tokens, head_dim]`,
     the shape of the batched products, without a transpose.
@@ -26,7 +26,7 @@ class KVBlocks:
         self.head_dim = shape.head_dim
         self.dtype = shape.dtype
         self.device = device
-        size = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, BLOCK_SIZE * shape.head_dim)
+        size = (_depth(shape), 2, num_blocks, shape.num_kv_heads, BLOCK_SIZE * shape.head_dim)
         self.kv = torch.zeros(size, dtype=shape.dtype, device=device)
         self._blocks = [layer.view(-1, BLOCK_SIZE * shape.head_dim) for layer in self.kv]
         self._slots = [layer.view(-1, shape.head_dim) for layer in self.kv]
@@ -98,4 +98,20 @@ def num_blocks_for(num_tokens: int) -> int:
 
 def block_bytes(shape: ModelShape) -> int:
     """Bytes of one block over all layers, keys and values."""
-    return shape.num_layers * 2 * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim * shape.dtype.itemsize
+    return _depth(shape) * 2 * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim * shape.dtype.itemsize
+
+
+def prefix_blocks(layout: Layout, shape: ModelShape) -> int:
+    """Blocks that a resident prefix takes. One that stays embeddings stands beside the pool and takes its bytes' worth,
+    so that the pool's size bounds all of them together."""
+    if layout.stays_embeddings:
+        num_bytes = layout.num_virtual_tokens * shape.hidden_size * shape.dtype.itemsize
+        return -(-num_bytes // block_bytes(shape))
+    return sum(
+        num_blocks_for(n) for n in (layout.num_decoder_tokens, layout.num_encoder_tokens, layout.num_cross_tokens)
+    )
+
+
+def _depth(shape: ModelShape) -> int:
+    """An encoder's K and V pass through the blocks that later hold its row's cross-attention."""
+    return max(shape.num_layers, shape.num_encoder_layers)

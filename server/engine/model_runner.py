@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from prefix_store.prefix import ModelShape, Prefix
-from server.engine.attention import NAME, attending
-from server.engine.batch import Batch, PackedRow, make_batch
+from server.engine.attention import NAME
+from server.engine.batch import Batch, Keys, PackedRow, attending, batch_of, make_batch
 from server.engine.errors import ModelRefusedError, PrefixFaultError
-from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for
+from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for, prefix_blocks
+from server.engine.model_families import prepare
+from server.engine.resident_prefixes import ResidentPrefix
+from server.engine.sequence import Context, PrefixRef, Row
+
+MAX_RELATIVE_POSITIONS = 4096  # of a model whose positions have no end of their own
 
 
 class ModelRunner:
@@ -22,14 +28,16 @@ class ModelRunner:
         self.model = model.eval().requires_grad_(False)
         self.shape = shape
         self.kv_blocks = kv_blocks
+        self.decoder_start_ids = _decoder_start_ids(model) if shape.is_encoder_decoder else ()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits `[num_logits, vocab_size]` of the batch's `logits_index`; K and V of the stream are in the pool."""
+        if self.shape.is_encoder_decoder:
+            return self._run_seq2seq(batch)
         with attending(batch):
             output = self.model(
-                input_ids=batch.input_ids,
-                inputs_embeds=batch.inputs_embeds,
+                **self._inputs(self.model, batch),
                 position_ids=batch.position_ids,
                 use_cache=False,
                 logits_to_keep=batch.logits_index,
@@ -37,31 +45,73 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
+    def _run_seq2seq(self, batch: Batch) -> torch.Tensor:
+        """The encoder over rows that start, then the decoder over all: cross-attention takes the K and V of the newly
+        encoded tokens and keeps them in the rows' blocks; those of rows that run are there."""
+        encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
+        encoded = torch.empty(1, 0, self.shape.hidden_size, dtype=self.shape.dtype, device=self.kv_blocks.device)
+        if batch.encoder is not None:
+            with attending(batch.encoder):
+                encoded = encoder(**self._inputs(encoder, batch.encoder)).last_hidden_state
+        with attending(batch):
+            output = self.model(
+                encoder_outputs=(encoded,),
+                **{f"decoder_{name}": value for name, value in self._inputs(decoder, batch).items()},
+                use_cache=False,
+            )
+        logits: torch.Tensor = output.logits[0].index_select(0, batch.logits_index)
+        return logits
+
+    def _inputs(self, stack: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        """Ids, or embeddings where the stream has tokens that no id stands for."""
+        if batch.embeddings is None or batch.embedding_index is None:
+            return {"input_ids": batch.input_ids}
+        embedded = stack.get_input_embeddings()(batch.input_ids)
+        embedded[0].index_copy_(0, batch.embedding_index, batch.embeddings.to(embedded.dtype))
+        return {"inputs_embeds": embedded}
+
     @torch.inference_mode()
-    def fill(self, prefix: Prefix, block_table: list[int], kv_blocks: KVBlocks | None = None) -> None:
-        """Write a prefix's K and V into its blocks. A soft prompt runs through the model once: its KV is the prefix."""
+    def load(self, prefix: Prefix, resident: ResidentPrefix, kv_blocks: KVBlocks | None = None) -> None:
+        """Make a prefix resident in the blocks that `resident` has. KV is written part by part, a soft prompt runs
+        through the model once: its KV is the prefix. One that depends on the text stays embeddings."""
         kv_blocks = kv_blocks or self.kv_blocks
-        n = prefix.num_virtual_tokens
-        assert len(block_table) == num_blocks_for(n)
+        device, dtype = kv_blocks.device, self.shape.dtype
+        assert len(resident.block_table) == prefix_blocks(prefix.layout, self.shape)
         if prefix.embeddings is not None:
-            row = PackedRow(None, 0, n, 0, [], block_table, wants_logits=False)
-            self.run(make_batch([row], kv_blocks, prefix.embeddings.to(self.shape.dtype)))
+            embeddings = prefix.embeddings.to(device, dtype)
+            if prefix.layout.stays_embeddings:
+                resident.embeddings = embeddings
+                return
+            positions = np.arange(len(embeddings))
+            keys = Keys(resident.block_table, Context([], positions).slot_positions)
+            ids = [-1 - i for i in range(len(embeddings))]
+            row = PackedRow(ids, positions, 0, resident.block_table, keys, embeddings=embeddings)
+            self.run(make_batch([row], kv_blocks))
             return
-        tokens = torch.arange(n)
-        slots = kv_blocks.slots(torch.tensor(block_table)[tokens // BLOCK_SIZE], tokens % BLOCK_SIZE)
-        for layer, (key, value) in prefix.layers.items():
-            kv_blocks.write(layer, slots, *(t.to(kv_blocks.device, self.shape.dtype) for t in (key, value)))
+        for part, layers in prefix.parts():
+            table = torch.tensor(resident.blocks(part))
+            for layer, (key, value) in layers.items():
+                tokens = torch.arange(key.shape[1])
+                slots = kv_blocks.slots(table[tokens // BLOCK_SIZE], tokens % BLOCK_SIZE)
+                kv_blocks.write(layer, slots, key.to(device, dtype), value.to(device, dtype))
+            num_layers = self.shape.num_encoder_layers if part == "encoder" else self.shape.num_layers
+            if len(layers) < num_layers:
+                resident.partial_layers[part] = frozenset(layers)
 
     def check(self, prefix: Prefix, token_ids: list[int]) -> None:
         """A trial forward of `token_ids` behind the prefix, beside the pool. Raises PrefixFaultError."""
-        prefix_table = list(range(1, 1 + num_blocks_for(prefix.num_virtual_tokens)))
-        own_table = [len(prefix_table) + 1 + i for i in range(num_blocks_for(len(token_ids)))]
-        trial = KVBlocks(self.shape, 1 + len(prefix_table) + len(own_table), self.kv_blocks.device)
-        self.fill(prefix, prefix_table, trial)
-        row = PackedRow(
-            token_ids, 0, len(token_ids), prefix.num_virtual_tokens, prefix_table, own_table, wants_logits=True
-        )
-        logits = self.run(make_batch([row], trial))
+        ref = PrefixRef("trial", prefix.layout)
+        row = Row((ref,), token_ids, self.decoder_start_ids, 1)
+        num_prefix_blocks = prefix_blocks(prefix.layout, self.shape)
+        trial = KVBlocks(self.shape, 1 + num_prefix_blocks + row.max_blocks, self.kv_blocks.device)
+        free = iter(range(1, trial.num_blocks))
+        resident = ResidentPrefix(ref, [next(free) for _ in range(num_prefix_blocks)])
+        self.load(prefix, resident, trial)
+        row.residents = [resident]
+        row.block_table = [next(free) for _ in range(num_blocks_for(len(row.token_ids)))]
+        row.cross_table = list(free)
+        row.num_scheduled_tokens = len(row.token_ids)
+        logits = self.run(batch_of([row], {row}, trial))
         if not (bool(torch.isfinite(logits).all()) and bool(torch.isfinite(trial.kv).all())):
             raise PrefixFaultError("the model's logits behind this prefix must be finite, got NaN or infinity")
 
@@ -69,15 +119,25 @@ class ModelRunner:
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Any:
     """A frozen transformers decoder that calls our attention. Raises ModelRefusedError for one that cannot."""
     config = AutoConfig.from_pretrained(path, revision=revision)
-    if config.is_encoder_decoder:
-        raise ModelRefusedError(f"{config.model_type}: expected a decoder-only model, got an encoder-decoder")
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype, attn_implementation=NAME
-        )
+        model: Any = kind.from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
     except (ValueError, KeyError) as error:  # KeyError: a family with a table of attention classes of its own
         raise ModelRefusedError(f"{config.model_type} does not take another attention function: {error}") from error
+    if config.is_encoder_decoder:
+        prepare(model)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _decoder_start_ids(model: Any) -> tuple[int, ...]:
+    """What an encoder-decoder's own text begins with: its start token, and the first token where that is forced."""
+    start = model.generation_config.decoder_start_token_id
+    if start is None:
+        start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise ModelRefusedError(f"{model.config.model_type}: expected decoder_start_token_id in its config, found none")
+    forced = model.generation_config.forced_bos_token_id
+    return (start,) if forced is None else (start, forced)
 
 
 def native_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -94,16 +154,25 @@ def measure_shape(
     model: Any, model_name: str, fingerprint: str, aliases: tuple[str, ...] = (), max_virtual_tokens: int = 4096
 ) -> ModelShape:
     """The measures that an artefact must fit, read off the model's config and layers. Raises ModelRefusedError."""
-    config = model.config.get_text_config()
+    is_seq2seq = bool(model.config.is_encoder_decoder)
+    config = model.config if is_seq2seq else model.config.get_text_config()
     max_positions = getattr(config, "max_position_embeddings", None)
+    if max_positions is None and is_seq2seq:
+        max_positions = getattr(config, "n_positions", MAX_RELATIVE_POSITIONS)  # T5 has biases of distances
     if max_positions is None:
         raise ModelRefusedError(f"{config.model_type}: expected a model with positions, it has no largest one")
     num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    head_dim = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // num_heads
     multi_query = getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads")
     num_kv_heads = 1 if multi_query else getattr(config, "num_key_value_heads", None) or num_heads
+    if is_seq2seq and getattr(config, "decoder_attention_heads", num_heads) != num_heads:
+        raise ModelRefusedError(f"{config.model_type}: expected as many heads in the encoder as in the decoder")
+    num_decoder_layers = next(
+        (n for name in ("num_decoder_layers", "decoder_layers") if (n := getattr(config, name, None))), None
+    )
     return ModelShape(
-        num_layers=config.num_hidden_layers,
+        num_layers=num_decoder_layers if is_seq2seq and num_decoder_layers else config.num_hidden_layers,
+        num_encoder_layers=config.num_hidden_layers if is_seq2seq else 0,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         hidden_size=model.get_input_embeddings().embedding_dim,

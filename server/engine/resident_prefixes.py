@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
+from prefix_store.prefix import PARTS, Layout
 from server.engine.errors import PrefixFaultError, PrefixLoadError
 from server.engine.kv_blocks import BlockAllocator, num_blocks_for
 from server.engine.sequence import PrefixRef
@@ -17,13 +20,29 @@ FAILED_LOAD_REMEMBERED_S = 10.0
 
 @dataclass(eq=False)
 class ResidentPrefix:
-    """A prefix's place in the pool. `ref_count` counts rows, running or waiting, that hold it."""
+    """A prefix's place in the pool. `ref_count` counts rows, running or waiting, that hold it.
+
+    `partial_layers` names, of KV parts that are for some layers only, those layers; `embeddings` is what stays
+    embeddings, on the device.
+    """
 
     ref: PrefixRef
     block_table: list[int]
     state: Literal["loading", "ready"] = "loading"
     ref_count: int = 0
+    partial_layers: dict[str, frozenset[int]] = field(default_factory=dict)
+    embeddings: torch.Tensor | None = None
     started_s: float = field(default_factory=time.monotonic)
+
+    def blocks(self, part: str) -> list[int]:
+        """The part's share of `block_table`, in which parts follow one another in the order of PARTS."""
+        start = 0
+        for name in PARTS:
+            end = start + num_blocks_for(getattr(self.ref.layout, f"num_{name}_tokens"))
+            if name == part:
+                return self.block_table[start:end]
+            start = end
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
 
 
 @dataclass
@@ -43,22 +62,29 @@ class ResidentPrefixes:
     loads it calls `finish_load` from the step's thread. A load is shared by all who ask meanwhile.
     """
 
-    def __init__(self, allocator: BlockAllocator, start_load: Callable[[ResidentPrefix], None]) -> None:
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        num_blocks_of: Callable[[Layout], int],
+        start_load: Callable[[ResidentPrefix], None],
+    ) -> None:
         self._allocator = allocator
+        self._num_blocks_of = num_blocks_of
         self._start_load = start_load
         self._residents: OrderedDict[str, ResidentPrefix] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
         self._failures: dict[str, tuple[float, str]] = {}  # digest -> (when, why)
         self.counts = ResidencyCounts()
 
-    def acquire(self, ref: PrefixRef) -> ResidentPrefix | None:
-        """Hold a prefix, loading it if it is cold. None: no room now, ask again. Check `state` before using it.
+    def acquire(self, ref: PrefixRef, *, may_load: bool = True) -> ResidentPrefix | None:
+        """Hold a prefix, loading it if it is cold and it `may_load`. None: not now, ask again. Check `state` before
+        using it.
 
         Raises PrefixLoadError while a failed load is remembered, PrefixFaultError if it can never fit.
         """
         resident = self._residents.get(ref.digest)
         if resident is None:
-            resident = self._load(ref)
+            resident = self._load(ref) if may_load else None
             if resident is None:
                 return None
             self.counts.num_misses += 1
@@ -142,10 +168,10 @@ class ResidentPrefixes:
         failure = self.failure(ref.digest)
         if failure is not None:
             raise failure
-        needed = num_blocks_for(ref.num_virtual_tokens)
+        needed = self._num_blocks_of(ref.layout)
         if needed > self._allocator.num_blocks:
             raise PrefixFaultError(
-                f"a prefix of {ref.num_virtual_tokens} virtual tokens needs {needed} blocks, "
+                f"a prefix of {ref.layout.num_virtual_tokens} virtual tokens needs {needed} blocks, "
                 f"the prefix pool has {self._allocator.num_blocks}"
             )
         if not self._make_room(needed):

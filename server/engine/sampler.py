@@ -21,7 +21,13 @@ class Sample:
 
 @torch.inference_mode()
 def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sample]:
-    """One `Sample` a row of `logits` `[rows, vocab_size]`. Log-probabilities only for rows that ask."""
+    """One `Sample` a sequence; `logits` `[rows, vocab_size]` are those of their rows, in order.
+
+    The rows of an ensemble choose together, from the mean of their distributions (Lester et al., 2021).
+    Log-probabilities only for sequences that ask.
+    """
+    if logits.shape[0] != len(sequences):
+        logits = _mean(logits, [len(sequence.rows) for sequence in sequences])
     best, best_ids = logits.max(-1)  # a NaN or an infinity in a row is its maximum
     finite = torch.isfinite(best).tolist()
     greedy = best_ids.tolist()
@@ -44,11 +50,17 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sample]:
     return samples
 
 
+def _mean(logits: torch.Tensor, num_rows: list[int]) -> torch.Tensor:
+    """Log-probabilities `[sequences, vocab_size]`; the logits as they are of those with one row."""
+    pieces = torch.split(logits.float(), num_rows)
+    return torch.stack([piece[0] if len(piece) == 1 else torch.softmax(piece, -1).mean(0).log() for piece in pieces])
+
+
 def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
     """A token from `logits` `[vocab_size]`: penalty, temperature, top-k, top-p, draw; in transformers' order."""
     params = sequence.sampling_params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+        seen = torch.tensor(sorted(set(sequence.seen_token_ids)), device=logits.device)
         values = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values < 0, values * penalty, values / penalty)

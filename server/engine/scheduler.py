@@ -1,4 +1,4 @@
-"""Who runs in this step: decode rows first, then prefill chunks, then rows that can be admitted."""
+"""Who runs in this step: decode rows first, then prefill chunks, then sequences that can be admitted."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections import deque
 from server.engine.errors import EngineError, QueueTimeoutError
 from server.engine.kv_blocks import BlockAllocator, num_blocks_for
 from server.engine.resident_prefixes import ResidentPrefixes
-from server.engine.sequence import Sequence
+from server.engine.sequence import Row, Sequence
 
 
 class Scheduler:
     """Owns `waiting` and `running`, and the blocks of the rows' own text.
 
-    A waiting row holds its prefix from the first time that there is room for it, so a prefix that was loaded for a
-    row is there when the row starts. Rows pass one another only where the one in front waits for its prefix.
+    A waiting sequence holds its prefixes, all or none, from the first time that there is room for them, so a prefix
+    that was loaded for it is there when it starts. Sequences pass one another only where the one in front waits for a
+    prefix; while one waits for room, none behind it loads another. All rows of a sequence are admitted, grow and are
+    preempted together, and reach their sampled token in the same step.
     """
 
     def __init__(
@@ -41,103 +43,152 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> tuple[list[Sequence], list[tuple[Sequence, EngineError]]]:
-        """The rows of this step with `num_scheduled_tokens` set and blocks allocated, and rows that failed waiting."""
+        """The sequences of this step, their rows' `num_scheduled_tokens` set and blocks allocated, and those that
+        failed waiting."""
         scheduled: list[Sequence] = []
         budget = self.max_step_tokens
-        for sequence in sorted(self.running, key=lambda s: s.num_uncomputed_tokens > 1):  # decode rows first
+        for sequence in sorted(self.running, key=_is_prefilling):  # decode rows first
             if sequence not in self.running:
-                continue  # preempted by a row before it
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if num_tokens == 0 or not self._grow(sequence, num_tokens, scheduled):
+                continue  # preempted by one before it
+            wanted = _share(sequence, budget)
+            if not any(wanted) or not self._grow(sequence, wanted, scheduled):
                 continue
-            sequence.num_scheduled_tokens = num_tokens
             scheduled.append(sequence)
-            budget -= num_tokens
+            budget -= sum(wanted)
         failed = self._admit(scheduled, budget)
         return scheduled, failed
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a row out, wherever it is, and free all it holds."""
+        """Take a sequence out, wherever it is, and free all it holds."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self._allocator.release(sequence.block_table)
-        sequence.block_table = []
-        if sequence.resident is not None:
-            self._residents.release(sequence.resident)
-            sequence.resident = None
+        self._free_blocks(sequence)
+        self._release_prefixes(sequence)
 
     @property
-    def num_waiting_tokens(self) -> int:
-        return sum(len(sequence.token_ids) for sequence in tuple(self.waiting))
+    def num_running_rows(self) -> int:
+        return sum(len(sequence.rows) for sequence in self.running)
 
-    def _grow(self, sequence: Sequence, num_tokens: int, scheduled: list[Sequence]) -> bool:
-        """Allocate blocks for the row's next tokens, preempting the youngest rows. False: it was preempted itself."""
-        needed = num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(sequence.block_table)
-        while not self._allocator.can_allocate(needed):
+    def _grow(self, sequence: Sequence, wanted: list[int], scheduled: list[Sequence]) -> bool:
+        """Allocate blocks for the rows' next tokens, preempting the youngest. False: it was preempted itself."""
+        missing = [
+            num_blocks_for(row.num_computed_tokens + count) - len(row.block_table)
+            for row, count in zip(sequence.rows, wanted, strict=True)
+        ]
+        while not self._allocator.can_allocate(sum(missing)):
             victim = self.running[-1]
             if victim in scheduled:  # its blocks are written in this step
                 scheduled.remove(victim)
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.block_table += self._allocator.allocate(needed)
+        for row, count, num_tokens in zip(sequence.rows, missing, wanted, strict=True):
+            row.block_table += self._allocator.allocate(count)
+            row.num_scheduled_tokens = num_tokens
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue. Its tokens are computed again; its prefix stays held."""
+        """Back to the head of the queue. Its tokens are computed again; its prefixes stay held."""
         self.running.remove(sequence)
-        self._allocator.release(sequence.block_table)
-        sequence.block_table = []
-        sequence.num_computed_tokens = 0
-        sequence.num_scheduled_tokens = 0
+        self._free_blocks(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
+    def _free_blocks(self, sequence: Sequence) -> None:
+        for row in sequence.rows:
+            self._allocator.release(row.block_table)
+            self._allocator.release(row.cross_table)
+            row.drop_computed()
+
     def _admit(self, scheduled: list[Sequence], budget: int) -> list[tuple[Sequence, EngineError]]:
         failed: list[tuple[Sequence, EngineError]] = []
         now = time.monotonic()
-        can_start = True
+        num_rows = self.num_running_rows
+        can_start, may_load = True, True
+        is_first = True
         for sequence in tuple(self.waiting):
             try:
-                ready = self._hold_prefix(sequence)
+                is_held = self._hold_prefixes(sequence, may_load)
             except EngineError as error:
                 failed.append((sequence, error))
                 continue
+            may_load &= is_held
             waited_s = now - sequence.arrival_s
             if sequence.started_s is None and waited_s > self.max_queue_s:
                 message = f"waited {waited_s:.1f} s for a place, more than the limit of {self.max_queue_s:g} s"
                 failed.append((sequence, QueueTimeoutError(message)))
                 continue
-            if not ready or not can_start:
+            if not can_start or not all(row.is_ready for row in sequence.rows):
                 continue
-            needed = num_blocks_for(len(sequence.token_ids))
-            if len(self.running) >= self.max_rows or budget == 0 or not self._allocator.can_allocate(needed):
-                can_start = False  # those behind do not pass, but their prefixes may load
-                continue
-            sequence.num_scheduled_tokens = min(sequence.num_uncomputed_tokens, budget)
-            sequence.block_table = self._allocator.allocate(needed)
-            if sequence.started_s is None:
-                sequence.started_s = now
-            budget -= sequence.num_scheduled_tokens
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
+            num_encoded = sum(row.num_unencoded_tokens for row in sequence.rows)
+            # An encoder's text cannot be cut: one that is longer than what is left goes first or waits for a step.
+            left = budget if is_first and num_encoded > budget > 0 else budget - num_encoded
+            wanted = _share(sequence, left)
+            can_start = (
+                num_rows + len(sequence.rows) <= self.max_rows
+                and any(wanted)
+                and self._allocator.can_allocate(sum(_num_blocks_to_start(row) for row in sequence.rows))
+            )
+            if not can_start:
+                continue  # those behind do not pass, but their prefixes may load
+            self._start(sequence, wanted, now)
+            is_first = False
+            num_rows += len(sequence.rows)
+            budget = max(0, left - sum(wanted))
             scheduled.append(sequence)
         for sequence, _ in failed:
             self.finish(sequence)
         return failed
 
-    def _hold_prefix(self, sequence: Sequence) -> bool:
-        """Whether the row's prefix is ready. Raises the reason if it cannot be loaded."""
-        if sequence.prefix is None:
-            return True
-        if sequence.resident is not None and self._residents.get(sequence.prefix.digest) is not sequence.resident:
-            sequence.resident = None  # its load failed
-            failure = self._residents.failure(sequence.prefix.digest)
+    def _start(self, sequence: Sequence, wanted: list[int], now: float) -> None:
+        for row, count in zip(sequence.rows, wanted, strict=True):
+            row.block_table = self._allocator.allocate(num_blocks_for(len(row.token_ids)))
+            row.cross_table = self._allocator.allocate(num_blocks_for(len(row.encoder_ids)))
+            row.num_scheduled_tokens = count
+        if sequence.started_s is None:
+            sequence.started_s = now
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+
+    def _hold_prefixes(self, sequence: Sequence, may_load: bool) -> bool:
+        """Whether all prefixes of all rows are held, loaded or on their way. Raises the reason if one cannot be."""
+        held = [resident for row in sequence.rows for resident in row.residents]
+        lost = next((r for r in held if self._residents.get(r.ref.digest) is not r), None)
+        if lost is not None:  # its load failed
+            self._release_prefixes(sequence)
+            failure = self._residents.failure(lost.ref.digest)
             if failure is not None:
                 raise failure
-        if sequence.resident is None:
-            sequence.resident = self._residents.acquire(sequence.prefix)
-        return sequence.resident is not None and sequence.resident.state == "ready"
+        for row in sequence.rows:
+            for ref in row.prefixes[len(row.residents) :]:
+                acquired = self._residents.acquire(ref, may_load=may_load)
+                if acquired is None:
+                    self._release_prefixes(sequence)
+                    return False
+                row.residents.append(acquired)
+        return True
+
+    def _release_prefixes(self, sequence: Sequence) -> None:
+        for row in sequence.rows:
+            for resident in row.residents:
+                self._residents.release(resident)
+            row.residents = []
+
+
+def _is_prefilling(sequence: Sequence) -> bool:
+    return any(row.num_uncomputed_tokens > 1 for row in sequence.rows)
+
+
+def _share(sequence: Sequence, budget: int) -> list[int]:
+    """Tokens a row. Where the budget does not take all, every row keeps its last one back: they end together."""
+    uncomputed = [row.num_uncomputed_tokens for row in sequence.rows]
+    if sum(uncomputed) <= budget:
+        return uncomputed
+    return [max(0, min(count - 1, budget // len(uncomputed))) for count in uncomputed]
+
+
+def _num_blocks_to_start(row: Row) -> int:
+    return num_blocks_for(len(row.token_ids)) + num_blocks_for(len(row.encoder_ids))

@@ -82,9 +82,9 @@ def run_steps(family: str) -> int:
         SamplingParams(max_new_tokens=3, repetition_penalty=1.3),
     ]
     for i, (digest, prefix) in enumerate([*prefixes.items(), (None, None)]):
-        ref = PrefixRef(digest, prefix.num_virtual_tokens) if digest and prefix else None
+        members = ((PrefixRef(digest, prefix.layout),),) if digest and prefix else ((),)
         prompt = [token % VOCAB for token in range(1, 8 + 9 * i)]
-        engine.add(Sequence(f"r{i}", prompt, params[i], Detokenizer(tokenizer), ref))
+        engine.add(Sequence(f"r{i}", prompt, params[i], Detokenizer(tokenizer), members))
     finished = []
     with OneDevice() as mode:
         while engine.has_work:
@@ -120,8 +120,8 @@ def plant(batch: Batch, name: str) -> Batch:
 
 @pytest.mark.parametrize("name", [*OF_BATCH, *OF_GROUP])
 def test_a_planted_cpu_tensor_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = engine_module.make_batch
-    monkeypatch.setattr(engine_module, "make_batch", lambda *args: plant(made(*args), name))
+    made = engine_module.batch_of
+    monkeypatch.setattr(engine_module, "batch_of", lambda *args: plant(made(*args), name))
     with pytest.raises(MixedDevices, match="cpu"):
         run_steps("llama")
 
