@@ -184,3 +184,30 @@ def test_checkpoint_without_names_is_refused(tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "model.bin")
     with pytest.raises(InvalidArtefactError, match=r"model.bin must hold named tensors, got Tensor"):
         fold_file(tmp_path / "model.bin", SHAPE)
+
+
+# Not refused as they should be yet: tensors that show another kind of checkpoint are passed over.
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"control_trans.4.weight": torch.zeros(WIDTH, WIDTH), "control_trans.4.bias": torch.zeros(WIDTH)},
+        {"wte2.weight": torch.zeros(N, HIDDEN)},
+        {"wte_enc.weight": torch.zeros(N, HIDDEN), "control_trans_enc.0.weight": torch.zeros(MIDDLE, HIDDEN)},
+    ],
+    ids=["deeper", "infix", "encoder"],
+)
+def test_checkpoint_of_another_kind_is_refused(more: dict[str, torch.Tensor]) -> None:
+    refused(checkpoint(LI_LIANG_NAMES) | more, "expected")
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError)
+def test_empty_table_is_refused() -> None:
+    refused(checkpoint(PEFT_NAMES) | {"embedding.weight": torch.zeros(0, HIDDEN)}, "got ")
+
+
+@pytest.mark.xfail(strict=True)
+def test_checkpoint_of_numbers_that_are_not_floating_is_refused() -> None:
+    refused({name: tensor.long() for name, tensor in checkpoint(PEFT_NAMES).items()}, "got torch.int64")
