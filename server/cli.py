@@ -3,60 +3,34 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
-from prefix_store.errors import PrefixStoreError
-from server.client import Client, ClientError
+from server.client import Client
 from server.config import Settings
-from server.engine.errors import EngineError
-from server.errors import StartError
+from server.terminal import console, fail, plain_errors, print_json, print_table, show, upload_bar
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 model_app = typer.Typer(no_args_is_help=True, help="The served model's files.")
 app.add_typer(model_app, name="model")
-console = Console(stderr=True)
 
-Url = Annotated[str, typer.Option("--url", envvar="PREFIXSERVE_URL", help="The server.")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="PREFIXSERVE_API_KEY")]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", envvar="PREFIXSERVE_MODEL", help="Folder or hub name; none: the default.")
-]
 LOCAL = "http://127.0.0.1:8000"
 
 
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """An expected failure is one line and exit code 1."""
-    try:
-        yield
-    except (StartError, PrefixStoreError, EngineError, ClientError) as error:
-        fail(str(error))
-    except ValidationError as error:
-        fail("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()))
+def option(name: str, text: str | None = None) -> Any:
+    """`--name`, also from `PREFIXSERVE_NAME`."""
+    return typer.Option(f"--{name}", envvar=f"PREFIXSERVE_{name.upper().replace('-', '_')}", help=text)
 
 
-def fail(message: str) -> NoReturn:
-    console.print(f"[red]error:[/red] {message}", highlight=False, markup=True, soft_wrap=True)
-    raise typer.Exit(1)
-
-
-def show(value: Any, as_json: bool) -> None:
-    """A record as JSON, or as `name: value` lines."""
-    if as_json:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
-        return
-    for name, field in value.items():
-        print(f"{name}: {json.dumps(field) if isinstance(field, (dict, list)) else field}")
+Url = Annotated[str, option("url", "The server.")]
+ApiKey = Annotated[str | None, option("api-key")]
+AsJson = Annotated[bool, option("json", "Machine-readable output.")]
+ModelOption = Annotated[str | None, option("model", "Folder or hub name; none: the default.")]
+Index = Annotated[int | None, option("index", "One task of a multitask file.")]
+AcceptBase = Annotated[bool, option("accept-base", "Although it names another base model.")]
 
 
 @app.command()
@@ -79,7 +53,9 @@ def serve(
     max_virtual_tokens: int | None = None,
     max_upload_bytes: str | None = None,
     log_json: bool | None = None,
-    publish_examples: Annotated[Path | None, typer.Option(help="A folder of PEFT folders, published at start.")] = None,
+    publish_examples: Annotated[
+        Path | None, option("publish-examples", "A folder of PEFT folders, published at start.")
+    ] = None,
 ) -> None:
     """Serve on loopback. Fetches the default model if it is missing. Every option is also `PREFIXSERVE_…`."""
     given = {k: v for k, v in locals().items() if v not in (None, []) and k != "publish_examples"}
@@ -96,92 +72,122 @@ def push(
     path: Path,
     url: Url = LOCAL,
     api_key: ApiKey = None,
-    index: Annotated[int | None, typer.Option(help="One task of a multitask file.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every task of a multitask file, as TASK-0, TASK-1, …")] = False,
-    note: str = "",
-    activate: Annotated[str, typer.Option(help="auto, true or false")] = "auto",
-    accept_base: bool = False,
-    dry_run: Annotated[bool, typer.Option(help="Read and check the files here; send nothing.")] = False,
+    index: Index = None,
+    every: Annotated[bool, option("all", "Every task of a multitask file, as TASK-0, TASK-1, …")] = False,
+    note: Annotated[str, option("note", "Up to 200 characters.")] = "",
+    activate: Annotated[Literal["auto", "true", "false"], option("activate", "Goes live.")] = "auto",
+    accept_base: AcceptBase = False,
+    dry_run: Annotated[bool, option("dry-run", "Check the files against the model here; send nothing.")] = False,
+    model: ModelOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload a PEFT folder or a native file as a new version of TASK."""
-    from prefix_store.local_files import count_tasks, peft_files
-
     with plain_errors():
-        if not path.exists():
-            fail(f"expected a PEFT folder or a .safetensors file, found nothing at {path}")
-        indexes: list[int | None] = [*range(count_tasks(path))] if every else [index]
-        client = Client(url, api_key)
-        done: list[dict[str, Any]] = []
-        for one in indexes:
-            name = f"{task}-{one}" if every and len(indexes) > 1 else task
-            if dry_run:
-                files = [str(path)] if path.is_file() else ["adapter_config.json", "adapter_model.safetensors"]
-                num_bytes = path.stat().st_size if path.is_file() else sum(map(len, peft_files(path)))
-                done.append({"task": name, "dry_run": True, "files": files, "num_bytes": num_bytes})
-                continue
-            manifest = client.push(name, path, index=one, note=note, activate=activate, accept_base=accept_base)
-            done.append(manifest)
-        for manifest in done:
-            if as_json or dry_run:
-                show(manifest, as_json)
-            else:
-                print(
-                    f"{manifest['task']}@{manifest['version']} {manifest['digest'][:12]} {manifest['kind']}, "
-                    f"{manifest['num_virtual_tokens']} virtual tokens, base {manifest['base']}, "
-                    f"active {manifest['active']}"
-                )
+        if every and index is not None:
+            fail("expected --index or --all, got both")
+        uploads = _uploads(task, path, index, every)
+        if dry_run:
+            from server.inspection import inspect
+
+            settings = _settings(model)
+            found = [
+                {"task": name, "dry_run": True} | asdict(inspect(path, settings, i, accept_base=accept_base, task=name))
+                for name, i in uploads
+            ]
+            _show_all(found, every, as_json)
+            raise typer.Exit(0 if all(one["fits"] for one in found) else 1)
+        with Client(url, api_key) as client:
+            found = [
+                _push(client, name, path, as_json, index=one, note=note, activate=activate, accept_base=accept_base)
+                for name, one in uploads
+            ]
+        if as_json:
+            _show_all(found, every, as_json)
+
+
+def _push(client: Client, task: str, path: Path, as_json: bool, **more: Any) -> dict[str, Any]:
+    with upload_bar() as open_file:
+        manifest = client.push(task, path, open_file=open_file, **more)
+    if not as_json:
+        print(
+            f"{manifest['task']}@{manifest['version']} {manifest['digest'][:12]} {manifest['kind']}, "
+            f"{manifest['num_virtual_tokens']} virtual tokens, base {manifest['base']}, active {manifest['active']}"
+        )
+    return manifest
+
+
+def _uploads(task: str, path: Path, index: int | None, every: bool) -> list[tuple[str, int | None]]:
+    """Tasks and the indexes of their artefacts in the file."""
+    from prefix_store.local_files import count_tasks
+
+    if not path.exists():
+        fail(f"expected a PEFT folder or a .safetensors file, found nothing at {path}")
+    num_tasks = count_tasks(path) if every else 1
+    return [(task, index)] if num_tasks == 1 else [(f"{task}-{i}", i) for i in range(num_tasks)]
+
+
+def _show_all(records: list[dict[str, Any]], as_list: bool, as_json: bool) -> None:
+    """One record by itself, or a list of them."""
+    if as_json and as_list:
+        print_json(records)
+        return
+    for record in records:
+        show(record, as_json)
 
 
 @app.command("list")
 def list_(url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """The tasks of a server."""
-    with plain_errors():
-        tasks = Client(url, api_key).list_tasks()
+    with plain_errors(), Client(url, api_key) as client:
+        tasks = client.list_tasks()
     if as_json:
-        print(json.dumps(tasks, indent=2))
+        print_json(tasks)
         return
-    table = Table("task", "active", "versions", "kind", "virtual tokens", "residency", "pinned")
+    names = ("kind", "num_virtual_tokens", "base")
+    rows: list[tuple[Any, ...]] = []
     for task in tasks:
         active: dict[str, Any] = next((v for v in task["versions"] if v["version"] == task["active"]), {})
-        table.add_row(
-            task["task"],
-            str(task["active"]),
-            str(len(task["versions"])),
-            active.get("kind", ""),
-            str(active.get("num_virtual_tokens", "")),
-            task["residency"],
-            "yes" if task["pinned"] else "",
-        )
-    Console().print(table)
+        described = [active.get(name, "") for name in names]
+        pinned = "yes" if task["pinned"] else ""
+        rows.append((task["task"], task["active"], len(task["versions"]), *described, task["residency"], pinned))
+    print_table(("task", "active", "versions", *names, "residency", "pinned"), rows)
 
 
 @app.command("show")
 def show_(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
-    """One task: versions, residency, notes."""
-    with plain_errors():
-        show(Client(url, api_key).task(task), as_json)
+    """One task, or TASK@VERSION: versions, residency, notes."""
+    with plain_errors(), Client(url, api_key) as client:
+        found = client.task(task)
+    if as_json or "versions" not in found:
+        show(found, as_json)
+        return
+    versions = found.pop("versions")
+    show(found, as_json)
+    names = ("version", "digest", "kind", "num_virtual_tokens", "num_bytes", "base", "status", "residency", "note")
+    for version in versions:
+        version["digest"] = version["digest"][:12]
+    print_table(names, [tuple(version[name] for name in names) for version in versions])
 
 
 @app.command()
 def activate(task: str, version: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Make VERSION of TASK live."""
-    with plain_errors():
-        show(Client(url, api_key).activate(task, version), as_json)
+    with plain_errors(), Client(url, api_key) as client:
+        show(client.activate(task, version), as_json)
 
 
 @app.command()
 def rollback(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Back to the version that was live before."""
-    with plain_errors():
-        show(Client(url, api_key).activate(task, "previous"), as_json)
+    with plain_errors(), Client(url, api_key) as client:
+        show(client.activate(task, "previous"), as_json)
 
 
 @app.command()
 def rm(target: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Delete TASK, or TASK@VERSION alone."""
-    with plain_errors():
-        Client(url, api_key).delete(target)
+    with plain_errors(), Client(url, api_key) as client:
+        client.delete(target)
     show({"deleted": target}, as_json)
 
 
@@ -191,23 +197,24 @@ def generate(
     text: str,
     url: Url = LOCAL,
     api_key: ApiKey = None,
-    stream: bool = False,
-    max_new_tokens: int = 128,
+    stream: Annotated[bool, option("stream", "Token by token; with --json, one event a line.")] = False,
+    max_new_tokens: Annotated[int, option("max-new-tokens")] = 128,
     as_json: AsJson = False,
 ) -> None:
-    """Answer TEXT with TASK."""
-    with plain_errors():
-        client = Client(url, api_key)
+    """Answer TEXT with TASK, TASK@VERSION or the model by its name."""
+    with plain_errors(), Client(url, api_key) as client:
         if not stream:
-            answer = client.generate(task, text, max_new_tokens)
-            print(json.dumps(answer, ensure_ascii=False) if as_json else answer["generated_text"])
+            answer = client.generate(task, text, max_new_tokens, details=as_json)
+            if as_json:
+                print_json(answer)
+            else:
+                print(answer["generated_text"])
             return
         for event in client.generate_stream(task, text, max_new_tokens):
             if as_json:
                 print(json.dumps(event, ensure_ascii=False), flush=True)
             else:
-                sys.stdout.write(event["token"]["text"])
-                sys.stdout.flush()
+                print(event["token"]["text"], end="", flush=True)
         if not as_json:
             print()
 
@@ -216,43 +223,33 @@ def generate(
 def inspect(
     path: Path,
     model: ModelOption = None,
-    index: int | None = None,
-    max_virtual_tokens: int = 4096,
+    index: Index = None,
+    max_virtual_tokens: Annotated[int | None, option("max-virtual-tokens")] = None,
+    accept_base: AcceptBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """What PATH is and whether it fits the model, without a server."""
+    """What PATH is and whether it fits the model, without a server. Exit code 1 if it does not."""
     with plain_errors():
-        from prefix_store.local_files import read_path
-        from server.engine.kv_blocks import block_bytes, num_blocks_for
+        from server.inspection import inspect
 
-        shape = _shape(model, max_virtual_tokens)
-        prefix = read_path(path, shape, index)
-        show(
-            {
-                "kind": prefix.kind,
-                "num_virtual_tokens": prefix.num_virtual_tokens,
-                "base_model": prefix.base_model,
-                "model": shape.model_name,
-                "num_bytes": prefix.num_bytes,
-                "device_bytes": num_blocks_for(prefix.num_virtual_tokens) * block_bytes(shape),
-                "fits": True,
-            },
-            as_json,
-        )
+        if not path.exists():
+            fail(f"expected a PEFT folder or a .safetensors file, found nothing at {path}")
+        found = inspect(path, _settings(model, max_virtual_tokens), index, accept_base=accept_base)
+        show(asdict(found), as_json)
+        raise typer.Exit(0 if found.fits else 1)
 
 
 @app.command()
 def fold(path: Path, output: Path, model: ModelOption = None, as_json: AsJson = False) -> None:
     """Fold an unfolded checkpoint (P_theta and its MLP) at PATH into the native file OUTPUT."""
     with plain_errors():
-        from dataclasses import replace
-
         from prefix_store.fold import fold_file
         from prefix_store.native_format import digest_of, write_native
+        from server.inspection import model_shape
 
         if not path.is_file():
             fail(f"expected a checkpoint file, found nothing at {path}")
-        shape = _shape(model, 2**20)
+        shape = model_shape(_settings(model, 2**20))
         prefix = fold_file(path, shape)
         body = write_native(replace(prefix, base_model=shape.model_name, fingerprint=shape.fingerprint))
         output.write_bytes(body)
@@ -284,18 +281,7 @@ def _print_path(name: str | None, *, fetches: bool, as_json: bool) -> None:
     print(json.dumps({"name": files.name, "path": str(files.path)}) if as_json else files.path)
 
 
-def _shape(model: str | None, max_virtual_tokens: int) -> Any:
-    """The model's measures, from its config alone: no weights are read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from server.engine.model_runner import measure_shape, native_dtype
-    from server.model_files import find_model, fingerprint
-
-    files = find_model(model)
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(files.path)
-        empty = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=native_dtype("auto", torch.device("cpu"))
-        )
-    return measure_shape(empty, files.name, fingerprint(files.path), (), max_virtual_tokens)
+def _settings(model: str | None, max_virtual_tokens: int | None = None) -> Settings:
+    """As `serve` would have them, with the environment's."""
+    given = {"model": model, "max_virtual_tokens": max_virtual_tokens}
+    return Settings.model_validate({name: value for name, value in given.items() if value is not None})

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
+from urllib.parse import quote
 
 import httpx
 
-from prefix_store.local_files import CONFIG, WEIGHTS, peft_files
-
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+OpenFile = Callable[[Path], BinaryIO]
 
 
 class ClientError(Exception):
@@ -19,15 +21,37 @@ class ClientError(Exception):
 
 
 class Client:
-    """One server, one key."""
+    """One server, one key. Leaving the `with` closes its connections."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        try:
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:
+            raise ClientError(f"url must be as http://127.0.0.1:8000 and the key ASCII: {error}") from error
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
 
     def push(
-        self, task: str, path: Path, *, index: int | None, note: str, activate: str, accept_base: bool
+        self,
+        task: str,
+        path: Path,
+        *,
+        index: int | None = None,
+        note: str = "",
+        activate: str = "auto",
+        accept_base: bool = False,
+        open_file: OpenFile = lambda path: path.open("rb"),
     ) -> dict[str, Any]:
+        """Send a PEFT folder or a native file as it is read through `open_file`. Raises InvalidArtefactError."""
+        from prefix_store.local_files import CONFIG, WEIGHTS, peft_files  # torch takes seconds
+
         params: dict[str, Any] = {"activate": activate}
         if index is not None:
             params["index"] = index
@@ -35,12 +59,14 @@ class Client:
             params["note"] = note
         if accept_base:
             params["accept_base"] = 1
-        if path.is_dir():
-            config, weights = peft_files(path)
-            files = {CONFIG: (CONFIG, config), WEIGHTS: (WEIGHTS, weights)}
-            return self._json("PUT", f"/v1/prefixes/{task}", params=params, files=files)
-        headers = {"Content-Type": "application/octet-stream"}
-        return self._json("PUT", f"/v1/prefixes/{task}", params=params, content=path.read_bytes(), headers=headers)
+        with ExitStack() as stack:
+            if not path.is_dir():
+                file = stack.enter_context(open_file(path))
+                headers = {"Content-Type": "application/octet-stream"}
+                return self._json("PUT", f"/v1/prefixes/{_quoted(task)}", params=params, content=file, headers=headers)
+            peft_files(path)  # says which one is missing
+            parts = {name: (name, stack.enter_context(open_file(path / name))) for name in (CONFIG, WEIGHTS)}
+            return self._json("PUT", f"/v1/prefixes/{_quoted(task)}", params=params, files=parts)
 
     def list_tasks(self) -> list[dict[str, Any]]:
         tasks: list[dict[str, Any]] = []
@@ -53,19 +79,18 @@ class Client:
             after = page["next"]
 
     def task(self, task: str) -> dict[str, Any]:
-        return self._json("GET", f"/v1/prefixes/{task}")
+        """`T`, or the version `T@V`."""
+        return self._json("GET", f"/v1/prefixes/{_quoted(task)}")
 
     def activate(self, task: str, version: str) -> dict[str, Any]:
-        value: int | str = int(version) if version.isdecimal() and len(version) < 10 else version
-        return self._json("POST", f"/v1/prefixes/{task}/activate", json={"version": value})
+        return self._json("POST", f"/v1/prefixes/{_quoted(task)}/activate", json={"version": version})
 
     def delete(self, target: str) -> None:
-        """`T`, or `T@V`."""
-        task, at, version = target.partition("@")
-        self._request("DELETE", f"/v1/prefixes/{task}/versions/{version}" if at else f"/v1/prefixes/{task}")
+        """`T`, or the version `T@V`."""
+        self._request("DELETE", f"/v1/prefixes/{_quoted(target)}")
 
-    def generate(self, task: str, text: str, max_new_tokens: int) -> dict[str, Any]:
-        body = {"inputs": text, "parameters": {"max_new_tokens": max_new_tokens}}
+    def generate(self, task: str, text: str, max_new_tokens: int, *, details: bool = False) -> dict[str, Any]:
+        body = {"inputs": text, "parameters": {"max_new_tokens": max_new_tokens, "details": details}}
         return self._json("POST", "/generate", params={"task": task}, json=body)
 
     def generate_stream(self, task: str, text: str, max_new_tokens: int) -> Iterator[dict[str, Any]]:
@@ -85,7 +110,11 @@ class Client:
             raise ClientError(f"{self._http.base_url}: {error}") from error
 
     def _json(self, method: str, path: str, **more: Any) -> dict[str, Any]:
-        found: dict[str, Any] = self._request(method, path, **more).json()
+        response = self._request(method, path, **more)
+        try:
+            found: dict[str, Any] = response.json()
+        except ValueError as error:
+            raise ClientError(f"expected JSON from {response.url}, got {response.text[:80]!r}") from error
         return found
 
     def _request(self, method: str, path: str, **more: Any) -> httpx.Response:
@@ -98,10 +127,15 @@ class Client:
         return response
 
 
+def _quoted(task: str) -> str:
+    """One segment of a path, whatever was typed; the server says what is wrong with it."""
+    return quote(task, safe="@") or "%20"
+
+
 def _reason(response: httpx.Response) -> str:
     try:
         body = response.json()
-    except ValueError:
+        text = body.get("detail") or body["error"]
+    except (ValueError, AttributeError, KeyError):  # not an answer of ours
         return f"{response.status_code} {response.reason_phrase}"
-    text = body.get("detail") or body.get("error") or body
     return f"{response.status_code}: {text['message'] if isinstance(text, dict) else text}"

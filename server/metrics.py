@@ -39,6 +39,8 @@ INTER_TOKEN_BUCKETS = (
 )
 COARSE = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
 REQUEST_BUCKETS = (*COARSE, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+TOKEN_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+FINISHED = {"eos_token": "stop", "stop_sequence": "stop"}  # vLLM's reasons; the others read the same
 
 
 class Metrics:
@@ -62,6 +64,10 @@ class Metrics:
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self._inter_token = histogram("inter_token_latency_seconds", "Token to token.", INTER_TOKEN_BUCKETS)
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS)
+        self._prompt_lengths = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS)
+        self._generation_lengths = histogram(
+            "request_generation_tokens", "Generated tokens of a request.", TOKEN_BUCKETS
+        )
         self._queue_time = histogram("request_queue_time_seconds", "Arrival to admission.", REQUEST_BUCKETS)
 
     def request_started(self) -> None:
@@ -70,6 +76,8 @@ class Metrics:
     def tokens(self, num_prompt: int, num_generated: int) -> None:
         self._prompt_tokens.inc(num_prompt)
         self._generation_tokens.inc(num_generated)
+        self._prompt_lengths.observe(num_prompt)
+        self._generation_lengths.observe(num_generated)
 
     def ttft(self, seconds: float) -> None:
         self._ttft.observe(seconds)
@@ -84,7 +92,7 @@ class Metrics:
         self._queue_time.observe(seconds)
 
     def request_finished(self, reason: str) -> None:
-        self._success.labels(reason).inc()
+        self._success.labels(FINISHED.get(reason, reason)).inc()
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
@@ -121,6 +129,12 @@ class EngineCollector(Collector):
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"prefixserve_{name}", text, value)
+        blocks = [str(stats.block_size), str(stats.kv_blocks_total)]
+        config = GaugeMetricFamily(
+            "prefixserve_cache_config_info", "How KV memory is cut.", labels=["block_size", "num_gpu_blocks"]
+        )
+        config.add_metric(blocks, 1)
+        yield config
         counts = stats.residency
         counters = {
             "num_preemptions": ("Rows that gave up their place for want of KV memory.", stats.num_preemptions),

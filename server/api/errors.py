@@ -11,10 +11,19 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from prefix_store import errors as store_errors
+from server.api.schemas import UNSUPPORTED
 from server.engine import errors as engine_errors
 
 TGI_PATHS = ("/", "/generate", "/generate_stream")
 OPENAI_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def documented(media_type: str, body: dict[str, Any]) -> Responses:
+    """A router's errors on the OpenAPI page."""
+    return {"default": {"description": "An error.", "content": {media_type: {"example": body}}}}
 
 
 class RequestError(Exception):
@@ -69,9 +78,17 @@ def error_response(
 
 
 def openai_error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    kind = "invalid_request_error" if status < 500 and status not in (424, 429) else "server_error"
     code = {404: "model_not_found", 429: "rate_limit_exceeded", 503: "overloaded"}.get(status)
     return {"message": message, "type": kind, "param": param, "code": code}
+
+
+TGI_ERRORS = documented("application/json", {"error": "no task 'film'", "error_type": "not_found"})
+OPENAI_ERRORS = documented("application/json", {"error": openai_error(404, "the model 'film' does not exist", "model")})
+PROBLEMS = documented(
+    "application/problem+json",
+    {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "no task 'film'"},
+)
 
 
 def install(app: FastAPI) -> None:
@@ -89,7 +106,10 @@ def install(app: FastAPI) -> None:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
         text = str(first["msg"]).removeprefix("Value error, ")
-        return error_response(request.url.path, 422, f"{field}: {text}" if field else text, param=field or None)
+        message = f"{field}: {text}" if field else text
+        if first["type"] == UNSUPPORTED:
+            field = ".".join(filter(None, (field, first["ctx"]["field"])))
+        return error_response(request.url.path, 422, message, param=field or None)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

@@ -99,6 +99,7 @@ class Gate:
             if key.lower() in KEY_NAMES:
                 raise RequestError(400, f"{key!r} in the query: a key belongs into the Authorization header")
         if self._state.is_draining and path not in UNCOUNTED:
+            self._state.metrics.rejected("draining")
             raise RequestError(503, "the server is stopping")
         if headers.get("content-encoding", "identity") != "identity":
             raise RequestError(415, f"Content-Encoding must not be given, got {headers['content-encoding'][:40]!r}")

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.errors import RequestError, status_of, tgi_type
+from server.api.errors import TGI_ERRORS, RequestError, status_of, tgi_type
 from server.api.rows import EventStream, Row, answer_headers, start_row, while_connected
 from server.api.schemas import GenerateParameters, GenerateRequest
 from server.api.state import AppState, State, Target
 from server.engine.errors import EngineError
 from server.engine.sequence import TokenOutput
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], responses=TGI_ERRORS)
 TaskQuery = Annotated[
     str | None, Query(description="A task, or TASK@VERSION; none: the bare model.", examples=["films"])
 ]
@@ -46,24 +46,24 @@ async def _answer(
     row = await start_row(state, request, body.inputs, parameters.sampling_params(), target)
     lead = body.inputs if parameters.return_full_text else ""
     if streams:
-        return EventStream(_events(state, row, target, lead), [row], answer_headers(target, row.stream))
+        return EventStream(_events(row, target, lead), [row], answer_headers(target, row.stream))
     async with row.stream:
         outputs = await while_connected(request, row.finish())
     answer: dict[str, Any] = {"generated_text": lead + row.stream.generated_text}
     if parameters.details:
-        tokens = [_token(state, output) for output in outputs]
+        tokens = [_token(output) for output in outputs]
         answer["details"] = {**_details(row, target), "prefill": [], "tokens": tokens}
     return JSONResponse(answer, headers=answer_headers(target, row.stream))
 
 
-async def _events(state: AppState, row: Row, target: Target, lead: str) -> AsyncIterator[str]:
+async def _events(row: Row, target: Target, lead: str) -> AsyncIterator[str]:
     async with row.stream:
         try:
             async for output in row.outputs():
                 is_last = output.finish_reason is not None
                 event = {
                     "index": output.index,
-                    "token": _token(state, output, text=output.text),
+                    "token": _token(output),
                     "generated_text": lead + row.stream.generated_text if is_last else None,
                     "details": {**_details(row, target), "input_length": row.stream.num_prompt_tokens}
                     if is_last
@@ -75,10 +75,9 @@ async def _events(state: AppState, row: Row, target: Target, lead: str) -> Async
             yield f"data: {json.dumps(failure)}\n\n"
 
 
-def _token(state: AppState, output: TokenOutput, text: str | None = None) -> dict[str, Any]:
-    if text is None:
-        text = state.engine.tokenizer.decode([output.token_id])
-    return {"id": output.token_id, "text": text, "logprob": output.logprob, "special": output.special}
+def _token(output: TokenOutput) -> dict[str, Any]:
+    """The texts of all tokens join to the answer: a character's first bytes and special tokens have none."""
+    return {"id": output.token_id, "text": output.text, "logprob": output.logprob, "special": output.special}
 
 
 def _details(row: Row, target: Target) -> dict[str, Any]:

@@ -8,13 +8,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from prefix_store.errors import NotFoundError
-from server.api.errors import RequestError, openai_error, status_of
+from server.api.errors import OPENAI_ERRORS, RequestError, openai_error, status_of
 from server.api.rows import EventStream, Row, answer_headers, start_row, while_connected
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from server.api.state import TENANT, AppState, State, Target
@@ -22,9 +23,8 @@ from server.engine.errors import EngineError
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import TokenOutput
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
 MAX_DEFAULT_CHAT_TOKENS = 512
-PLACEHOLDERS = ("dummy", "tgi")  # what huggingface_hub and TGI's examples send for "the model behind this URL"
 PLACEHOLDERS = ("dummy", "tgi")  # what clients made for TGI send where the URL alone names the model
 DONE = "data: [DONE]\n\n"
 
@@ -73,12 +73,13 @@ async def chat_completions(request: Request, state: State, body: ChatRequest) ->
     return await _answer(request, state, body, prompt, limit, top, "chat.completion")
 
 
-@router.get("/v1/models", summary="The base model and the tasks")
+@router.get("/v1/models", summary="The base model and the tasks that are live")
 async def models(state: State) -> dict[str, Any]:
     listed = [_model(state, state.model_name, 0)]
     after = ""
     while tasks := await asyncio.to_thread(state.store.list_tasks, TENANT, 1000, after):
-        listed += [_model(state, task.name, int(task.versions[-1].created_at_s)) for task in tasks if task.versions]
+        live = [version for task in tasks for version in task.versions if version.version == task.active]
+        listed += [_model(state, version.task, int(version.created_at_s)) for version in live]
         after = tasks[-1].name
     return {"object": "list", "data": listed}
 
@@ -200,6 +201,7 @@ async def _events(reply: Reply, rows: list[Row], with_usage: bool) -> AsyncItera
 
     pumps = [asyncio.create_task(pump(i, row)) for i, row in enumerate(rows)]
     num_running = len(rows)
+    offsets = [0] * len(rows)  # where the next token of each choice starts
     try:
         if is_chat:
             for i in range(len(rows)):
@@ -210,7 +212,10 @@ async def _events(reply: Reply, rows: list[Row], with_usage: bool) -> AsyncItera
                 yield f"data: {json.dumps({'error': openai_error(status_of(output), str(output))})}\n\n"
                 return
             num_running -= output.finish_reason is not None
-            logprobs = _logprobs(reply, [output]) if output.logprob is not None else None
+            logprobs = None
+            if output.logprob is not None:
+                logprobs = _logprobs(reply, [output], offsets[index])
+                offsets[index] += 0 if is_chat else len(logprobs["tokens"][0])
             reason = _reason(output) if output.finish_reason else None
             if output.text or logprobs or reason:
                 yield chunk([choice(index, output.text, reason, logprobs)])
@@ -239,7 +244,8 @@ def _usage(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _logprobs(reply: Reply, outputs: list[TokenOutput]) -> dict[str, Any]:
+def _logprobs(reply: Reply, outputs: list[TokenOutput], offset: int = 0) -> dict[str, Any]:
+    """In the shape of the reply's kind; `offset` is where the first of `outputs` starts in the answer."""
     decode: Callable[[list[int]], str] = reply.state.engine.tokenizer.decode
     if reply.kind == "chat.completion":
 
@@ -258,18 +264,18 @@ def _logprobs(reply: Reply, outputs: list[TokenOutput]) -> dict[str, Any]:
             "refusal": None,
         }
     texts = [decode([output.token_id]) for output in outputs]
-    offsets = [sum(len(text) for text in texts[:i]) for i in range(len(texts))]
     return {
         "tokens": texts,
         "token_logprobs": [output.logprob for output in outputs],
         "top_logprobs": [_by_text(decode, output) for output in outputs],
-        "text_offset": offsets,
+        "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)),
     }
 
 
 def _by_text(decode: Callable[[list[int]], str], output: TokenOutput) -> dict[str, float]:
-    """Where several tokens read the same (parts of a character), the best of them."""
+    """The best and the chosen one. Where several tokens read the same (parts of a character), the best of them."""
+    assert output.logprob is not None
     found: dict[str, float] = {}
-    for token_id, value in output.top_logprobs:
+    for token_id, value in (*output.top_logprobs, (output.token_id, output.logprob)):
         found.setdefault(decode([token_id]), value)
     return found

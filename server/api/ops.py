@@ -6,28 +6,30 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from server.api.errors import PROBLEMS, RequestError
+from server.api.schemas import MAX_STOPS
 from server.api.state import State
 
-router = APIRouter(tags=["ops"])
+router = APIRouter(tags=["ops"], responses=PROBLEMS)
 
 
 @router.get("/healthz", summary="The engine's loop beats")
 @router.get("/health", summary="As /healthz", operation_id="health_tgi")
-async def healthz(state: State) -> Response:
-    if state.engine.is_healthy:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "the engine's loop has stopped"}, 503)
+async def healthz(state: State) -> dict[str, str]:
+    if not state.engine.is_healthy:
+        raise RequestError(503, "the engine's loop has stopped")
+    return {"status": "ok"}
 
 
 @router.get("/readyz", summary="Ready for requests")
-async def readyz(state: State) -> Response:
+async def readyz(state: State) -> dict[str, str]:
     """503 before the model is loaded and the registry seen, and from a stop signal on."""
-    if state.is_ready:
-        return JSONResponse({"status": "ready"})
-    return JSONResponse({"status": "stopping" if state.is_draining else "not ready"}, 503)
+    if not state.is_ready:
+        raise RequestError(503, "the server is stopping" if state.is_draining else "the server is not ready yet")
+    return {"status": "ready"}
 
 
 @router.get("/info", summary="What is served")
@@ -45,6 +47,8 @@ async def info(state: State) -> dict[str, Any]:
         "head_dim": shape.head_dim,
         "hidden_size": shape.hidden_size,
         "max_total_tokens": state.engine.max_context,
+        "max_input_tokens": state.engine.max_context - 1,
+        "max_stop_sequences": MAX_STOPS,
         "max_virtual_tokens": shape.max_virtual_tokens,
         "max_concurrent_requests": settings.max_queued,
         "max_rows": settings.max_rows,

@@ -14,11 +14,11 @@ from prefix_store.local_files import CONFIG, WEIGHTS
 from prefix_store.prefix import Prefix
 from prefix_store.registry import Precondition, Task, Version
 from prefix_store.store import Published
-from server.api.errors import RequestError
+from server.api.errors import PROBLEMS, RequestError
 from server.api.schemas import ActivateRequest
 from server.api.state import TENANT, AppState, State, ref_of
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS)
 NATIVE_TYPES = (
     "application/octet-stream",
     "application/safetensors",
@@ -32,13 +32,22 @@ UPLOAD_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "application/octet-stream": {
+                "schema": {"type": "string", "format": "binary"},
+                "examples": {"native": {"summary": "curl -T films.safetensors …", "value": "(a .safetensors file)"}},
+            },
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
                     "required": [CONFIG, WEIGHTS],
                     "properties": {name: {"type": "string", "format": "binary"} for name in (CONFIG, WEIGHTS)},
-                }
+                },
+                "examples": {
+                    "peft": {
+                        "summary": f"curl -X PUT -F {CONFIG}=@{CONFIG} -F {WEIGHTS}=@{WEIGHTS} …",
+                        "value": {CONFIG: "(a JSON file)", WEIGHTS: "(a .safetensors file)"},
+                    }
+                },
             },
         },
     }
@@ -121,10 +130,11 @@ async def download(state: State, task: str, version: str) -> Response:
 
 
 @router.post("/{task}/activate", summary="Make a version live; `previous` rolls back")
-async def activate(state: State, task: str, body: ActivateRequest, if_match: IfMatch = None) -> Response:
-    found = await asyncio.to_thread(
-        state.store.activate, TENANT, task, str(body.version), _precondition(if_match, None)
-    )
+async def activate(
+    state: State, task: str, body: ActivateRequest, if_match: IfMatch = None, if_none_match: IfNoneMatch = None
+) -> Response:
+    precondition = _precondition(if_match, if_none_match)
+    found = await asyncio.to_thread(state.store.activate, TENANT, _name(task), str(body.version), precondition)
     await state.sync_pins()
     return _task_response(state, found)
 
@@ -153,20 +163,23 @@ async def preload(state: State, task: str) -> Response:
 
 
 @router.delete("/{task}", summary="Delete a task and all its versions", status_code=204)
-async def delete_task(state: State, task: str, if_match: IfMatch = None) -> Response:
+async def delete_task(state: State, task: str, if_match: IfMatch = None, if_none_match: IfNoneMatch = None) -> Response:
     """`TASK@VERSION` deletes that version alone."""
     name, at, version = task.partition("@")
     if at:
-        return await delete_version(state, name, version, if_match)
-    gone = await asyncio.to_thread(state.store.delete_task, TENANT, task, _precondition(if_match, None))
+        return await delete_version(state, name, version, if_match, if_none_match)
+    gone = await asyncio.to_thread(state.store.delete_task, TENANT, task, _precondition(if_match, if_none_match))
     await state.sync_pins()
     await state.free(gone.versions)
     return Response(status_code=204)
 
 
 @router.delete("/{task}/versions/{version}", summary="Delete a version that is not active", status_code=204)
-async def delete_version(state: State, task: str, version: str, if_match: IfMatch = None) -> Response:
-    gone = await asyncio.to_thread(state.store.delete_version, TENANT, task, version, _precondition(if_match, None))
+async def delete_version(
+    state: State, task: str, version: str, if_match: IfMatch = None, if_none_match: IfNoneMatch = None
+) -> Response:
+    precondition = _precondition(if_match, if_none_match)
+    gone = await asyncio.to_thread(state.store.delete_version, TENANT, task, version, precondition)
     await state.free((gone,))
     return Response(status_code=204)
 
@@ -214,9 +227,9 @@ def _precondition(if_match: str | None, if_none_match: str | None) -> Preconditi
 
 
 def _name(task: str) -> str:
-    """Residency is of the task, never of one version by hand."""
+    """What is of the task, never of one version: which is active, and whether that one stays resident."""
     if "@" in task:
-        raise RequestError(422, f"pin and unpin take a task and follow its active version, got {task[:80]!r}")
+        raise RequestError(422, f"activate, pin and unpin take a task without a version, got {task[:80]!r}")
     return task
 
 

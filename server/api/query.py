@@ -1,4 +1,5 @@
-"""A query parameter that the route does not know is refused: a misspelt `task` must not mean the bare model."""
+"""A query parameter that the route does not know, or that comes twice, is refused: a misspelt `task` must not mean
+the bare model."""
 
 from __future__ import annotations
 
@@ -18,3 +19,5 @@ async def refuse_unknown_query(request: Request) -> None:
         if name not in known:
             wanted = f"known are {', '.join(sorted(known))}" if known else "this route has none"
             raise RequestError(422, f"unknown query parameter {name[:80]!r}; {wanted}", name[:80])
+        if len(request.query_params.getlist(name)) > 1:
+            raise RequestError(422, f"query parameter {name!r} must come once, came more often", name)

@@ -6,13 +6,17 @@ import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.engine.sampling_params import SamplingParams
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Stops = Annotated[list[StopText], Field(max_length=16)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MAX_STOPS = 16
+Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+NumTokens = Annotated[int, Field(ge=1, lt=2**31)]  # how many fit is the context's business
 MAX_CHOICES = 16
+UNSUPPORTED = "unsupported"
 
 
 class WireModel(BaseModel):
@@ -25,7 +29,11 @@ def refuse(values: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
         for name, allowed in neutral.items():
             value = values.get(name)
             if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
-                raise ValueError(f"{name} is not supported by this server, got {str(value)[:60]!r}")
+                raise PydanticCustomError(
+                    UNSUPPORTED,
+                    "{field} is not supported by this server, got {value}",
+                    {"field": name, "value": repr(str(value)[:60])},
+                )
         return {name: value for name, value in values.items() if name not in neutral}
     return values
 
@@ -33,7 +41,7 @@ def refuse(values: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
 class GenerateParameters(WireModel):
     """TGI's parameters. Sampling is on with `do_sample`, or, as in TGI, when it is left out and a warper is given."""
 
-    max_new_tokens: int | None = Field(None, ge=1, le=2**20)
+    max_new_tokens: NumTokens | None = None
     do_sample: bool | None = None
     temperature: float | None = Field(None, gt=0, le=100)
     top_k: int | None = Field(None, ge=0)
@@ -63,6 +71,12 @@ class GenerateParameters(WireModel):
                 "watermark": (False,),
                 "response_format": (),
                 "constrain": (),
+                # what LoRAX adds, and its client always sends
+                "adapter_source": (),
+                "api_token": (),
+                "ignore_eos_token": (False,),
+                "merged_adapters": (),
+                "return_k_alternatives": (),
             },
         )
 
@@ -111,7 +125,7 @@ class OpenAIRequest(WireModel):
     top_k: int | None = Field(None, ge=-1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    seed: Seed | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopText | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -159,7 +173,7 @@ class OpenAIRequest(WireModel):
             top_k=max(self.top_k or 0, 0),
             top_p=self.top_p or 1.0,
             repetition_penalty=self.repetition_penalty or 1.0,
-            seed=seed + choice if do_sample else None,
+            seed=(seed + choice) % 2**64 if do_sample else None,
             stop=tuple(stop),
             include_stop=False,
             ignore_eos=bool(self.ignore_eos),
@@ -174,7 +188,7 @@ class CompletionRequest(OpenAIRequest):
         json_schema_extra={"examples": [{"model": "films", "prompt": "A fine film.\nSentiment:", "max_tokens": 4}]}
     )
     prompt: str | list[str]
-    max_tokens: int | None = Field(None, ge=1, le=2**20)
+    max_tokens: NumTokens | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @model_validator(mode="after")
@@ -213,8 +227,8 @@ class ChatRequest(OpenAIRequest):
         }
     )
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
-    max_tokens: int | None = Field(None, ge=1, le=2**20)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**20)
+    max_tokens: NumTokens | None = None
+    max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 

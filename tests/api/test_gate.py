@@ -104,6 +104,12 @@ def test_misspelt_query_is_refused(served: Served) -> None:
     assert "acivate" in response.json()["detail"]
 
 
+def test_task_that_comes_twice_is_refused(served: Served, films: str) -> None:
+    response = served.http.post("/generate", params=[("task", films), ("task", "other")], json=BODY)
+    assert response.status_code == 422
+    assert "task" in response.json()["error"]
+
+
 def test_unknown_routes_answer_in_their_family(served: Served) -> None:
     assert served.http.get("/generate").json()["error_type"] == "validation"
     assert served.http.get("/generate").status_code == 405

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Served
+from conftest import Served, native
 
 PROMPT = "A fine film."
 
@@ -37,6 +37,18 @@ def test_answer_has_tgis_shape_and_headers(served: Served, films: str) -> None:
     assert response.headers["X-Request-Id"]
     times = [int(response.headers[f"x-{name}-time"]) for name in ("queue", "inference", "total")]
     assert times[2] >= max(times[:2])
+
+
+def test_texts_of_the_tokens_join_to_the_answer(served: Served) -> None:
+    # Hot, the tiny model writes parts of characters and special tokens.
+    for seed in range(3):
+        parameters = {"max_new_tokens": 100, "temperature": 5.0, "seed": seed, "ignore_eos": True, "details": True}
+        answer = served.generate(PROMPT, **parameters).json()
+        tokens = answer["details"]["tokens"]
+        assert "".join(token["text"] for token in tokens) == answer["generated_text"]
+        assert any(not token["text"] for token in tokens)
+        body = {"inputs": PROMPT, "parameters": parameters}
+        assert [event["token"] for event in events(served.http.post("/generate_stream", json=body))] == tokens
 
 
 def test_answer_without_details_is_the_text_alone(served: Served) -> None:
@@ -145,6 +157,10 @@ def test_sampling_is_repeated_by_its_seed(served: Served) -> None:
         ("max_new_tokens", 0),
         ("stop", [""]),
         ("seed", -1),
+        ("seed", 2**64),
+        ("adapter_source", "hub"),
+        ("merged_adapters", {"ids": ["a"]}),
+        ("ignore_eos_token", True),
     ],
 )
 def test_field_is_refused_by_name(served: Served, name: str, value: object) -> None:
@@ -178,6 +194,24 @@ def test_every_field_of_tgi_may_be_null(served: Served) -> None:
         "raw",
     ]
     assert served.generate(PROMPT, max_new_tokens=1, **dict.fromkeys(names)).status_code == 200
+    every = {"max_new_tokens": None, "response_format": None, "constrain": None} | dict.fromkeys(names)
+    assert served.http.post("/generate", json={"inputs": "x", "parameters": every, "stream": None}).status_code == 200
+    assert served.http.post("/generate", json={"inputs": "x", "parameters": None}).status_code == 200
+
+
+def test_what_the_client_of_lorax_always_sends_is_taken(served: Served, films: str) -> None:
+    nulls = ["adapter_source", "merged_adapters", "api_token", "return_k_alternatives", "response_format", "truncate"]
+    falses = ["ignore_eos_token", "do_sample", "return_full_text", "watermark", "details", "decoder_input_details"]
+    fields: dict[str, Any] = dict.fromkeys(nulls) | dict.fromkeys(falses, False) | {"stop": [], "adapter_id": films}
+    answer = served.generate(PROMPT, max_new_tokens=4, **fields)
+    assert answer.json() == served.generate(PROMPT, films, max_new_tokens=4).json()
+
+
+def test_raw_and_the_largest_seed_are_taken(served: Served) -> None:
+    assert served.generate(PROMPT, max_new_tokens=2, raw=True).status_code == 200
+    for seed in (0, 2**63, 2**64 - 1):
+        details = served.generate(PROMPT, max_new_tokens=2, do_sample=True, seed=seed, details=True).json()["details"]
+        assert details["seed"] == seed
 
 
 @pytest.mark.parametrize(
@@ -202,10 +236,13 @@ def test_wrong_body_is_a_validation_error(served: Served, body: bytes) -> None:
 
 
 def test_context_is_refused_with_its_three_numbers(served: Served, films: str) -> None:
-    response = served.generate(PROMPT, films, max_new_tokens=250)
-    assert response.status_code == 422
-    for number in (250, len(PROMPT), 256):
-        assert str(number) in response.json()["error"]
+    for max_new_tokens in (250, 10_000_000):
+        response = served.generate(PROMPT, films, max_new_tokens=max_new_tokens)
+        assert response.status_code == 422
+        for number in (5, len(PROMPT), max_new_tokens, 256):
+            assert str(number) in response.json()["error"]
+    default = served.generate("x" * 200)  # 128 is never cut to fit
+    assert (default.status_code, "(128)" in default.json()["error"]) == (422, True)
 
 
 @pytest.mark.parametrize("name", ["nothing", "films@99", "films@0123456789ab", "No Such", "../films", "a,b", "o/t"])
@@ -213,6 +250,36 @@ def test_unknown_task_is_not_found(served: Served, films: str, name: str) -> Non
     response = served.generate(PROMPT, name)
     assert response.status_code == 404
     assert response.json()["error_type"] == "not_found"
+
+
+def test_failure_amid_a_stream_is_an_event(served: Served) -> None:
+    body = {"inputs": "x", "parameters": {"max_new_tokens": 200, "ignore_eos": True}}
+    weight = served.state.engine._engine.runner.model.lm_head.weight
+    kept = weight[0, 0].item()
+    with served.http.stream("POST", "/generate_stream", json=body) as response:
+        lines = (line for line in response.iter_lines() if line)
+        assert "error" not in json.loads(next(lines).removeprefix("data: "))
+        weight[0, 0] = float("nan")  # the logits of every row from now on
+        try:
+            last = json.loads(list(lines)[-1].removeprefix("data: "))
+        finally:
+            weight[0, 0] = kept
+    assert set(last) == {"error", "error_type"}
+    assert last["error_type"] == "generation"
+    assert served.generate("x", max_new_tokens=1).status_code == 200
+
+
+def test_prefix_that_cannot_be_loaded_fails_its_own_requests(served: Served) -> None:
+    digest = served.put("lost", native(170)).json()["digest"]
+    for path in served.state.settings.data_dir.joinpath("blobs").rglob(f"{digest}*"):
+        path.unlink()
+    answer = served.generate("x", "lost", max_new_tokens=1)
+    assert (answer.status_code, answer.json()["error_type"]) == (424, "generation")
+    completion = served.http.post("/v1/completions", json={"model": "lost", "prompt": "x"})
+    assert (completion.status_code, completion.json()["error"]["type"]) == (424, "server_error")
+    assert served.http.post("/v1/prefixes/lost/preload").status_code == 424
+    assert served.generate("x", max_new_tokens=1).status_code == 200
+    served.http.delete("/v1/prefixes/lost")
 
 
 def wait_for_quiet(served: Served) -> None:

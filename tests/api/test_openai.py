@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import NAME, Served
+from conftest import NAME, Served, native
 
 PROMPT = "A fine film."
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -84,6 +84,33 @@ def test_completion_logprobs(served: Served) -> None:
     for logprob, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
         assert logprob == pytest.approx(max(top.values()))  # greedy
     assert complete(served).json()["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+def test_chosen_token_is_among_the_top_logprobs(served: Served, num_top: int) -> None:
+    logprobs = complete(served, logprobs=num_top, temperature=2, seed=1, ignore_eos=True).json()["choices"][0][
+        "logprobs"
+    ]
+    for token, logprob, top in zip(*(logprobs[n] for n in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
+        assert num_top <= len(top) <= num_top + 1
+        assert top[token] >= logprob  # two tokens may read the same
+
+
+def test_streamed_logprobs_join_to_the_whole(served: Served, films: str) -> None:
+    fields = {"model": films, "temperature": 1.0, "seed": 5, "n": 2, "max_tokens": 12, "logprobs": 1}
+    whole = complete(served, **fields).json()["choices"]
+    found = [chunk["choices"][0] for chunk in chunks(complete(served, **fields, stream=True))]
+    for index in range(2):
+        mine = [choice["logprobs"] for choice in found if choice["index"] == index]
+        for name, values in whole[index]["logprobs"].items():
+            assert [value for logprobs in mine for value in logprobs[name]] == values
+
+
+def test_seed_may_be_any_of_openais(served: Served) -> None:
+    for seed in (-(2**63), -1, 2**63 - 1):
+        first, again = (complete(served, temperature=2, seed=seed, n=2).json()["choices"] for _ in range(2))
+        assert first == again
+        assert first[0]["text"] != first[1]["text"]
 
 
 def test_chat_goes_through_the_models_template(served: Served) -> None:
@@ -165,6 +192,13 @@ def test_field_is_refused_by_name(served: Served, ask: Any, name: str, value: ob
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
     assert name in error["message"]
+    assert error["param"] is None or error["param"].partition(".")[0] == name
+
+
+def test_unserved_field_is_the_errors_param(served: Served) -> None:
+    assert complete(served, echo=True).json()["error"]["param"] == "echo"
+    assert complete(served, max_tokens=0).json()["error"]["param"] == "max_tokens"
+    assert complete(served, model="nothing").json()["error"]["param"] == "model"
 
 
 def test_neutral_values_are_accepted(served: Served) -> None:
@@ -176,7 +210,8 @@ def test_neutral_values_are_accepted(served: Served) -> None:
 def test_context_is_refused_with_its_three_numbers(served: Served) -> None:
     response = complete(served, max_tokens=250)
     assert response.status_code == 400
-    assert "250" in response.json()["error"]["message"]
+    for number in (0, len(PROMPT), 250, 256):
+        assert str(number) in response.json()["error"]["message"]
 
 
 def test_models_lists_the_base_model_and_the_tasks(served: Served, films: str) -> None:
@@ -187,5 +222,12 @@ def test_models_lists_the_base_model_and_the_tasks(served: Served, films: str) -
     assert films in ids
     assert served.http.get(f"/v1/models/{films}").json()["id"] == films
     assert served.http.get("/v1/models/mini").status_code == 200
+    served.put("stored-only", native(180), activate="false")
+    assert "stored-only" not in {model["id"] for model in served.http.get("/v1/models").json()["data"]}
+    assert (
+        served.http.get("/v1/models/stored-only").status_code
+        == complete(served, model="stored-only").status_code
+        == 404
+    )
     missing = served.http.get("/v1/models/nothing")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")

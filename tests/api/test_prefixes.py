@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import time
@@ -129,6 +130,50 @@ def test_etags_guard_every_change(served: Served) -> None:
     digest = served.http.get("/v1/prefixes/guarded/versions/1").headers["ETag"]
     gone = served.http.delete("/v1/prefixes/guarded/versions/1", headers={"If-Match": digest})
     assert gone.status_code in (200, 204)
+
+
+def test_if_none_match_refuses_to_change_what_is_there(served: Served) -> None:
+    for seed in (45, 46):
+        served.put("kept", native(seed))
+    before = served.http.get("/v1/prefixes/kept")
+    star = {"If-None-Match": "*"}
+    assert_problem(served.http.post("/v1/prefixes/kept/activate", json={"version": 1}, headers=star), 412)
+    for path in ("kept", "kept/versions/1", "kept@1"):
+        assert_problem(served.http.delete(f"/v1/prefixes/{path}", headers=star), 412)
+    after = served.http.get("/v1/prefixes/kept")
+    assert (after.json(), after.headers["ETag"]) == (before.json(), before.headers["ETag"])
+
+
+def test_every_form_of_a_version_names_it(served: Served) -> None:
+    for seed in (47, 48):
+        served.put("forms", native(seed))
+    first = served.http.get("/v1/prefixes/forms@1").json()
+    assert first["version"] == 1
+    for form in ("1", first["digest"][:12], first["digest"], "previous"):
+        described = served.http.get(f"/v1/prefixes/forms@{form}")
+        assert described.json() | {"residency": ""} == first | {"residency": ""}
+        assert described.headers["ETag"] == f'"{first["digest"]}"'
+        file = served.http.get(f"/v1/prefixes/forms/versions/{form}/file")
+        assert hashlib.sha256(file.content).hexdigest() == first["digest"]
+        assert served.http.post(f"/v1/prefixes/forms@{form}/preload").json()["task"] == "forms"
+        assert served.state.engine.residency(first["digest"]) == "resident"
+        answer = served.generate("x", f"forms@{form}", max_new_tokens=1)
+        assert (answer.headers["X-Task"], answer.headers["X-Prefix-Version"]) == ("forms", "1")
+        completion = {"model": f"forms@{form}", "prompt": "x", "max_tokens": 1}
+        assert served.http.post("/v1/completions", json=completion).json()["system_fingerprint"] == "1"
+        chat = {"model": f"forms@{form}", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        assert served.http.post("/v1/chat/completions", json=chat).headers["X-Prefix-Version"] == "1"
+    for form in (first["digest"][:11], "3", "0", "01", "latest", ""):
+        assert_problem(served.http.get(f"/v1/prefixes/forms@{form}"), 404)
+        assert served.generate("x", f"forms@{form}", max_new_tokens=1).status_code == 404
+
+
+def test_what_is_of_the_task_takes_no_version(served: Served) -> None:
+    served.put("whole", native(49))
+    assert_problem(served.http.post("/v1/prefixes/whole@1/activate", json={"version": 1}), 422, "whole@1")
+    for verb in ("pin", "unpin"):
+        assert_problem(served.http.post(f"/v1/prefixes/whole@1/{verb}"), 422, "whole@1")
+    assert_problem(served.put("whole@1", native(49)), 422, "whole@1")
 
 
 def test_list_is_paged(served: Served) -> None:

@@ -1,0 +1,75 @@
+"""What the command line writes: records as text or JSON, tables, one-line errors, an upload's progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from prefix_store.errors import PrefixStoreError
+from server.client import ClientError
+from server.engine.errors import EngineError
+from server.errors import StartError
+
+console = Console(stderr=True)  # for people; answers go to stdout
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """An expected failure is one line and exit code 1."""
+    try:
+        yield
+    except (StartError, PrefixStoreError, EngineError, ClientError, OSError) as error:
+        fail(str(error))
+    except ValidationError as error:
+        fail("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()))
+
+
+def fail(message: str) -> NoReturn:
+    console.print(Text("error: ", style="red").append(message, style="default"), highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def show(value: dict[str, Any], as_json: bool) -> None:
+    """A record as JSON, or as `name: value` lines."""
+    if as_json:
+        print_json(value)
+        return
+    for name, field in value.items():
+        print(f"{name}: {json.dumps(field) if isinstance(field, (dict, list)) else field}")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """Where no terminal bounds it, wide enough for every cell."""
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    output = Console()
+    if not output.is_terminal:
+        output.width = 10_000
+    output.print(table)
+
+
+@contextmanager
+def upload_bar() -> Iterator[Callable[[Path], BinaryIO]]:
+    """Gives what opens a file; how much of it was read is shown while it is, on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def open_file(path: Path) -> BinaryIO:
+            return progress.open(path, "rb", description=path.name)
+
+        yield open_file

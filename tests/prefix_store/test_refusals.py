@@ -1,0 +1,543 @@
+"""Every artefact that cannot be served is refused with the reason: what was expected, and what came."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+
+from prefix_store.blobs import Blobs
+from prefix_store.errors import InvalidArtefactError
+from prefix_store.native_format import read_native, write_native
+from prefix_store.peft_format import read_peft
+from prefix_store.prefix import ModelShape, Prefix
+from prefix_store.safetensors_header import read_header
+from prefix_store.sqlite_registry import SqliteRegistry
+from prefix_store.store import PrefixStore
+
+LAYERS, HEADS, DIM, HIDDEN, N = 3, 2, 8, 48, 4
+SHAPE = ModelShape(LAYERS, HEADS, DIM, HIDDEN, 100, 512, torch.float32, "tiny", "f" * 64, max_virtual_tokens=64)
+WIDTH = 2 * LAYERS * HEADS * DIM
+KV = {"format": "prefixserve/1", "kind": "kv"}
+SOFT = {"format": "prefixserve/1", "kind": "soft"}
+PREFIX_TYPES = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[PrefixStore]:
+    opened = PrefixStore(SqliteRegistry(tmp_path / "registry.sqlite"), Blobs(tmp_path / "blobs"), SHAPE)
+    yield opened
+    opened.close()
+
+
+def random(*sizes: int) -> torch.Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))
+
+
+def kv(layers: int = LAYERS) -> dict[str, torch.Tensor]:
+    names = [f"layers.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    return {name: random(HEADS, N, DIM) for name in names}
+
+
+def native(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    if metadata is None:
+        metadata = SOFT if "embeddings" in tensors else KV
+    return safetensors.torch.save(tensors, metadata)
+
+
+def by_hand(header: dict[str, Any] | bytes, num_bytes: int) -> bytes:
+    """A file with this header and so many zeros, whatever the header says."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(num_bytes)
+
+
+def entry(start: int, end: int, *shape: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def refused_native(body: bytes, *texts: str, shape: ModelShape = SHAPE) -> None:
+    with pytest.raises(InvalidArtefactError) as caught:
+        read_native(body, shape)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+def refused_peft(fields: dict[str, Any] | bytes, tensors: dict[str, torch.Tensor] | bytes, *texts: str) -> None:
+    config = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    weights = tensors if isinstance(tensors, bytes) else safetensors.torch.save(tensors)
+    with pytest.raises(InvalidArtefactError) as caught:
+        read_peft(config, weights, SHAPE)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+def config(kind: str, **more: Any) -> dict[str, Any]:
+    return {"peft_type": kind, "task_type": "CAUSAL_LM", "num_virtual_tokens": N} | more
+
+
+def prefix_config(**more: Any) -> dict[str, Any]:
+    sizes = {"num_layers": LAYERS, "num_attention_heads": HEADS, "token_dim": HEADS * DIM}
+    return config("PREFIX_TUNING", **(sizes | more))
+
+
+PROMPT = {"prompt_embeddings": random(N, HIDDEN)}
+PREFIX = {"prompt_embeddings": random(N, WIDTH)}
+
+
+# What the refusals below stand against: each of these is taken.
+
+
+def test_right_artefacts_are_taken(store: PrefixStore) -> None:
+    assert store.parse_native(native(kv())).num_virtual_tokens == N
+    assert store.parse_native(native({"embeddings": random(N, HIDDEN)})).num_virtual_tokens == N
+    for kind in PREFIX_TYPES - {"MULTITASK_PROMPT_TUNING"}:
+        fields, tensors = config(kind), PROMPT
+        if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+            fields, tensors = prefix_config(peft_type=kind), PREFIX
+        found = store.parse_peft(json.dumps(fields).encode(), safetensors.torch.save(tensors))
+        assert found.num_virtual_tokens == N
+
+
+# Rank, width, layers, dtype, length.
+
+
+@pytest.mark.parametrize("sizes", [(N, DIM), (1, HEADS, N, DIM), (HEADS + 1, N, DIM), (HEADS, N, DIM + 1), (64,)])
+def test_kv_of_another_rank_or_width(sizes: tuple[int, ...]) -> None:
+    body = native(kv() | {"layers.1.key": torch.zeros(sizes)})
+    refused_native(body, f"layers.1.key: expected shape [2, num_virtual_tokens, 8], got {list(sizes)}")
+
+
+@pytest.mark.parametrize("sizes", [(N, HIDDEN + 1), (HIDDEN,), (1, N, HIDDEN)])
+def test_soft_prompt_of_another_rank_or_width(sizes: tuple[int, ...]) -> None:
+    body = native({"embeddings": torch.zeros(sizes)})
+    refused_native(body, f"embeddings: expected shape [num_virtual_tokens, 48], got {list(sizes)}")
+
+
+def test_layer_that_the_model_lacks() -> None:
+    refused_native(native(kv(LAYERS + 1)), "layers.3: the model has 3 layers (0 to the last)")
+
+
+def test_layers_of_different_lengths() -> None:
+    body = native(kv() | {"layers.2.value": torch.zeros(HEADS, N + 1, DIM)})
+    refused_native(body, "layers.2.value: num_virtual_tokens (as in the other layers) must be 4, got 5")
+
+
+def test_key_without_its_value() -> None:
+    tensors = kv()
+    del tensors["layers.1.value"]
+    refused_native(native(tensors), "layers.1.value is missing")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int32, "I32"), (torch.int8, "I8"), (torch.bool, "BOOL")])
+def test_dtype_that_is_not_floating(dtype: torch.dtype, name: str) -> None:
+    body = native({name: tensor.to(dtype) for name, tensor in kv().items()})
+    refused_native(body, f"dtype must be floating (F64, F32, F16, BF16, F8_E4M3, F8_E5M2), got {name}")
+
+
+@pytest.mark.parametrize("num_tokens", [65, 5000])
+def test_longer_than_the_limit(num_tokens: int) -> None:
+    body = native({"embeddings": random(num_tokens, HIDDEN)})
+    refused_native(body, f"num_virtual_tokens must be 1 to 64, got {num_tokens}")
+
+
+def test_as_long_as_the_context() -> None:
+    short = replace(SHAPE, max_positions=10)
+    assert read_native(native({"embeddings": random(8, HIDDEN)}), short).num_virtual_tokens == 8
+    refused_native(native({"embeddings": random(9, HIDDEN)}), "num_virtual_tokens must be 1 to 8, got 9", shape=short)
+
+
+# Values.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity(dtype: torch.dtype, value: float) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in kv().items()}
+    wrong = tensors["layers.2.value"].float()
+    wrong[1, 3, 7] = value
+    tensors["layers.2.value"] = wrong.to(dtype)
+    refused_native(native(tensors), "layers.2.value: all values must be finite, got NaN or infinity")
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_largest_magnitude(model_dtype: torch.dtype) -> None:
+    shape = replace(SHAPE, dtype=model_dtype)
+    for value in (65_504.0, -65_504.0):
+        read_native(native({"embeddings": torch.full((N, HIDDEN), value)}), shape)
+    for value, text in ((65_504.01, "65504"), (-65_505.0, "65505"), (70_000.0, "70000"), (3e38, "3e+38")):
+        body = native({"embeddings": torch.full((N, HIDDEN), value)})
+        refused_native(body, f"embeddings: magnitudes must be <= 65504, got {text}", shape=shape)
+
+
+def test_double_that_single_precision_cannot_hold() -> None:
+    body = native({"embeddings": torch.full((N, HIDDEN), 1e300, dtype=torch.float64)})
+    refused_native(body, "embeddings: magnitudes must be <= 65504, got 1e+300")
+
+
+def test_brain_float_above_half_precision() -> None:
+    body = native({"embeddings": torch.full((N, HIDDEN), 65_536.0, dtype=torch.bfloat16)})
+    refused_native(body, "magnitudes must be <= 65504, got 65536", shape=replace(SHAPE, dtype=torch.float16))
+
+
+# The file itself.
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x02}q\x00", b"\x80\x04\x95\x10\x00\x00\x00\x00"])
+def test_zip_and_pickle(start: bytes) -> None:
+    refused_native(start + bytes(4000), "expected a safetensors file, got a zip or a pickle")
+    refused_peft(config("PROMPT_TUNING"), start + bytes(4000), "got a zip or a pickle; save it with safetensors")
+
+
+def test_torch_file_as_weights(tmp_path: Path) -> None:
+    torch.save(PROMPT, tmp_path / "adapter_model.bin")
+    body = (tmp_path / "adapter_model.bin").read_bytes()
+    refused_peft(config("PROMPT_TUNING"), body, "expected a safetensors file, got a zip or a pickle")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 7])
+def test_too_short_for_a_header(num_bytes: int) -> None:
+    refused_native(bytes(num_bytes), f"expected a safetensors file, got {num_bytes} bytes")
+
+
+def test_header_over_the_bound() -> None:
+    body = by_hand(json.dumps({"embeddings": entry(0, 192, 1, 48)}).encode() + b" " * 70_000, 192)
+    claimed = int.from_bytes(body[:8], "little")
+    refused_native(body, f"the safetensors header must be <= 65536 bytes, it claims {claimed}")
+    refused_native((2**63).to_bytes(8, "little") + body[8:], f"must be <= 65536 bytes, it claims {2**63}")
+
+
+def test_header_of_100000_entries_is_refused_at_once() -> None:
+    empty = {f"layers.{i}.key": entry(0, 0, 0) for i in range(100_000)}
+    body = by_hand(empty | {"embeddings": entry(0, 192, 1, 48)}, 192)
+    started = time.process_time()
+    refused_native(body, "the safetensors header must be <= 65536 bytes, it claims ")
+    refused_peft(config("PROMPT_TUNING"), body, "the safetensors header must be <= 65536 bytes, it claims ")
+    assert time.process_time() - started < 0.05
+
+
+def test_cut_off_anywhere() -> None:
+    body = native(kv())
+    header = int.from_bytes(body[:8], "little")
+    refused_native(body[: 8 + header - 5], f"the file is cut off: its header claims {header} bytes, {header - 5} are")
+    needed = len(body) - 8 - header
+    refused_native(body[:-1], f"the file is cut off: its tensors need {needed} bytes, {needed - 1} are there")
+
+
+@pytest.mark.parametrize("more", [1, 8, 4096])
+def test_trailing_bytes(more: int) -> None:
+    refused_native(native(kv()) + bytes(more), f"the file has {more} trailing bytes after its last tensor")
+
+
+def test_overlapping_offsets() -> None:
+    header = {"__metadata__": KV, "layers.0.key": entry(0, 64, 2, 1, 8), "layers.0.value": entry(32, 96, 2, 1, 8)}
+    refused_native(by_hand(header, 96), "layers.0.value: expected data from byte 64, got 32")
+    header["layers.0.value"] = entry(0, 64, 2, 1, 8)
+    refused_native(by_hand(header, 64), "expected data from byte 64, got 0")
+
+
+def test_hole_between_tensors() -> None:
+    header = {"__metadata__": KV, "layers.0.key": entry(0, 64, 2, 1, 8), "layers.0.value": entry(68, 132, 2, 1, 8)}
+    refused_native(by_hand(header, 132), "layers.0.value: expected data from byte 64, got 68")
+    header = {"__metadata__": SOFT, "embeddings": entry(8, 200, 1, 48)}
+    refused_native(by_hand(header, 200), "embeddings: expected data from byte 0, got 8")
+
+
+def test_offsets_that_do_not_fit_the_shape() -> None:
+    header = {"__metadata__": SOFT, "embeddings": entry(0, 191, 1, 48)}
+    refused_native(by_hand(header, 191), "embeddings: F32 [1, 48] takes 192 bytes, its offsets 191")
+    header = {"__metadata__": SOFT, "embeddings": entry(192, 0, 1, 48)}
+    refused_native(by_hand(header, 192), "embeddings: F32 [1, 48] takes 192 bytes, its offsets -192")
+
+
+@pytest.mark.parametrize("shape", [[0, 48], [2**40, 0], [], [1, 1, 1, 1, 48], [-1, 48], [1.0, 48], [True, 48], "48"])
+def test_shape_of_no_tensor(shape: object) -> None:
+    header = {"__metadata__": SOFT, "embeddings": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    refused_native(by_hand(header, 0), f"embeddings: expected 1 to 4 dimensions of at least 1, got {shape}")
+
+
+@pytest.mark.parametrize("offsets", [[0], [0, 1, 2], [-1, 191], [0, 192.0], [0, 2**48], "0", None])
+def test_offsets_that_are_none(offsets: object) -> None:
+    header = {"__metadata__": SOFT, "embeddings": {"dtype": "F32", "shape": [1, 48], "data_offsets": offsets}}
+    refused_native(by_hand(header, 192), f"embeddings: data_offsets must be two numbers, got {offsets}")
+
+
+@pytest.mark.parametrize("found", [7, [], {}, {"dtype": "F32", "shape": [1]}, entry(0, 4, 1) | {"more": 1}])
+def test_entry_of_no_tensor(found: object) -> None:
+    refused_native(by_hand({"embeddings": found}, 4), "embeddings: expected dtype, shape and data_offsets")
+
+
+def test_file_without_tensors() -> None:
+    refused_native(by_hand({"__metadata__": KV}, 0), "the file has no tensors")
+
+
+def test_duplicate_keys() -> None:
+    one = json.dumps(entry(0, 192, 1, 48))
+    twice = f'{{"__metadata__": {json.dumps(SOFT)}, "embeddings": {one}, "embeddings": {one}}}'
+    refused_native(by_hand(twice.encode(), 192), "the safetensors header: duplicate key 'embeddings'")
+    nested = f'{{"embeddings": {{"dtype": "F32", "dtype": "F64", {one[1:]}}}'
+    refused_native(by_hand(nested.encode(), 192), "the safetensors header: duplicate key 'dtype'")
+    metadata = f'{{"__metadata__": {{"kind": "kv", "kind": "soft"}}, "embeddings": {one}}}'
+    refused_native(by_hand(metadata.encode(), 192), "the safetensors header: duplicate key 'kind'")
+    many = ", ".join(f'"layers.{i % 99}.key": 0' for i in range(100))
+    refused_native(by_hand(f"{{{many}}}".encode(), 0), "the safetensors header: duplicate keys")
+
+
+def test_duplicate_keys_in_the_config() -> None:
+    refused_peft(b'{"peft_type": "LORA", "peft_type": "CPT"}', PROMPT, "adapter_config.json: duplicate key 'peft_type'")
+    nested = b'{"peft_type": "CPT", "auto_mapping": [{"a": 1, "a": 2}]}'
+    refused_peft(nested, PROMPT, "adapter_config.json: duplicate key 'a'")
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"nonsense", b'{"a": NaN}', b'{"a": Infinity}', b"\xff\xfe{}"])
+def test_json_that_is_no_object(text: bytes) -> None:
+    refused_native(by_hand(text, 0), "the safetensors header")
+    refused_peft(text, PROMPT, "adapter_config.json")
+
+
+def test_config_over_the_bound() -> None:
+    refused_peft(b"{" + b" " * 70_000 + b"}", PROMPT, "adapter_config.json must be <= 65536 bytes, got 70002")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../../etc/passwd", "/etc/passwd", "layers.0.key/../x", "C:\\layers.0.key", "", "LAYERS.0.KEY"),
+        *("layers.00.key", "layers.-1.key", "layers.1e3.key", "layers.999999.key", "layers.\u0663.key"),
+        *("layers.0.keys", "layers.0.key\n", " layers.0.key", "layers.0.key\0", "decoder.layers.0.key"),
+    ],
+)
+def test_name_that_is_no_layers(name: str) -> None:
+    expected = "a KV prefix has layers.N.key and layers.N.value only (N from 0 to 2); got "
+    refused_native(native(kv() | {name: random(HEADS, N, DIM)}), expected, repr(name))
+    refused_native(native({"embeddings": random(N, HIDDEN), name: random(N, HIDDEN)}), "a soft prompt has one tensor")
+
+
+def test_tensors_of_the_other_kind() -> None:
+    refused_native(native({"embeddings": random(N, HIDDEN)}, KV), "a KV prefix has layers.N.key", "got 'embeddings'")
+    refused_native(native(kv(), SOFT), "a soft prompt has one tensor, embeddings; got 'layers.0.key'", "and 2 more")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "text"),
+    [
+        ({}, "__metadata__.format must be 'prefixserve/1', got None"),
+        (KV | {"format": "pt"}, "__metadata__.format must be 'prefixserve/1', got 'pt'"),
+        (KV | {"kind": "lora"}, "__metadata__.kind must be 'kv' or 'soft', got 'lora'"),
+        (KV | {"code": "x"}, "__metadata__ has 'code'; known are base_model, fingerprint, format, kind"),
+        (KV | {"base_model": "x" * 501}, "__metadata__.base_model must be <= 500 characters"),
+    ],
+)
+def test_metadata(metadata: dict[str, str], text: str) -> None:
+    refused_native(native(kv(), metadata), text)
+
+
+@pytest.mark.parametrize("metadata", [None, [], "text", {"format": 1}])
+def test_metadata_that_is_no_object_of_strings(metadata: object) -> None:
+    body = by_hand({"__metadata__": metadata, "embeddings": entry(0, 192, 1, 48)}, 192)
+    refused_native(body, "__metadata__ must be an object of strings")
+
+
+# PEFT's two files.
+
+
+def other_types() -> list[str]:
+    return sorted({str(kind.value) for kind in peft.PeftType} - PREFIX_TYPES)
+
+
+@pytest.mark.parametrize("kind", [*other_types(), "lora", "", None, 7, ["PROMPT_TUNING"], {}])
+def test_any_other_adapter(kind: object) -> None:
+    texts = ("peft_type must be one of PROMPT_TUNING, P_TUNING, CPT", "it cannot be expressed as a prefix")
+    refused_peft({"peft_type": kind, "task_type": "CAUSAL_LM"}, PROMPT, *texts, f"got {str(kind)!r}")
+
+
+def test_other_adapters_are_many() -> None:
+    assert {"LORA", "ADAPTION_PROMPT", "IA3"} <= set(other_types())
+    assert len(other_types()) > 20
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["classifier", "score"], "lm_head", {"a": 1}])
+def test_modules_to_save(modules: object) -> None:
+    refused_peft(config("PROMPT_TUNING", modules_to_save=modules), PROMPT, "modules_to_save must be empty, got ")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"trust_remote_code": True},
+        {"trust_remote_code": "yes"},
+        {"tokenizer_kwargs": {"trust_remote_code": True}},
+        {"a": [[{"b": {"c": [0, {"trust_remote_code": 1}]}}]]},
+        {"trust_remote_code": False, "auto_mapping": {"trust_remote_code": True}},
+    ],
+)
+def test_remote_code_anywhere(more: dict[str, object]) -> None:
+    refused_peft(config("PROMPT_TUNING", **more), PROMPT, "trust_remote_code must be false everywhere, got true")
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+def test_task_without_text_as_its_answer(task: str) -> None:
+    text = f"task_type must be CAUSAL_LM, got {task}: train it as CAUSAL_LM and serve it with /score"
+    refused_peft(config("PROMPT_TUNING", task_type=task), PROMPT, text)
+
+
+def test_task_of_an_encoder_decoder_or_unknown() -> None:
+    text = "task_type must be CAUSAL_LM, got SEQ_2_SEQ_LM: the served model is decoder-only"
+    refused_peft(config("PROMPT_TUNING", task_type="SEQ_2_SEQ_LM"), PROMPT, text)
+    refused_peft(config("PROMPT_TUNING", task_type="DANCING"), PROMPT, "must be CAUSAL_LM, got 'DANCING'")
+
+
+def test_base_model_that_is_no_name() -> None:
+    text = "base_model_name_or_path must be a text of at most 500 characters"
+    refused_peft(config("PROMPT_TUNING", base_model_name_or_path="x" * 501), PROMPT, text)
+    refused_peft(config("PROMPT_TUNING", base_model_name_or_path=["a/b"]), PROMPT, text)
+
+
+def test_file_without_grouped_heads() -> None:
+    # as for a model whose attention heads each had their own keys and values
+    wide = 2 * LAYERS * 6 * DIM
+    fields = prefix_config(num_attention_heads=6, token_dim=6 * DIM)
+    refused_peft(
+        fields,
+        {"prompt_embeddings": random(N, wide)},
+        f"prompt_embeddings: width must be {WIDTH} (2 * 3 layers * 2 KV heads * 8), got {wide}",
+        "a file without the model's grouped heads cannot be served",
+    )
+
+
+def test_other_heads_of_the_same_width() -> None:
+    refused_peft(prefix_config(num_attention_heads=4), PREFIX, "num_attention_heads must be 2 (of the model's KV")
+    refused_peft(prefix_config(token_dim=HIDDEN), PREFIX, "token_dim must be 16 (of the model's KV heads), got 48")
+
+
+def test_other_number_of_layers() -> None:
+    refused_peft(prefix_config(num_layers=4), PREFIX, "num_layers must be 3, got 4")
+    four = {"prompt_embeddings": random(N, WIDTH // 3 * 4)}
+    refused_peft(prefix_config(num_layers=3), four, f"width must be {WIDTH} (2 * 3 layers", "got 128")
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "CPT"])
+def test_peft_soft_prompt_of_another_shape(kind: str) -> None:
+    wide = {"prompt_embeddings": random(N, HIDDEN + 1)}
+    refused_peft(config(kind), wide, "prompt_embeddings: width must be 48, got 49")
+    flat = {"prompt_embeddings": random(N * HIDDEN)}
+    refused_peft(config(kind), flat, f"prompt_embeddings: expected 2 dimensions, got [{N * HIDDEN}]")
+    more = {"prompt_embeddings": random(2 * N, HIDDEN)}
+    refused_peft(config(kind), more, "prompt_embeddings: num_virtual_tokens is 4, the tensor has 8 rows")
+
+
+@pytest.mark.parametrize("count", [5, True, "4", 4.0, [4]])
+def test_num_virtual_tokens_that_is_not_the_files(count: object) -> None:
+    fields = config("PROMPT_TUNING", num_virtual_tokens=count)
+    refused_peft(fields, PROMPT, f"num_virtual_tokens is {count}, the tensor has 4 rows")
+
+
+def test_peft_file_longer_than_the_limit() -> None:
+    long = {"prompt_embeddings": random(65, HIDDEN)}
+    refused_peft(config("PROMPT_TUNING", num_virtual_tokens=65), long, "num_virtual_tokens must be 1 to 64, got 65")
+
+
+def test_peft_tensors_of_other_names() -> None:
+    lora = {"base_model.model.layers.0.q_proj.lora_A.weight": random(4, HIDDEN)}
+    refused_peft(config("PROMPT_TUNING"), lora, "PROMPT_TUNING has the tensors prompt_embeddings; got 'base_model.")
+    refused_peft(config("CPT"), PROMPT | {"../x": random(1)}, "CPT has the tensors prompt_embeddings; got '../x'")
+    expected = "has the tensors prefix_task_cols, prefix_task_rows, prompt_embeddings; got 'prompt_embeddings'"
+    refused_peft(config("MULTITASK_PROMPT_TUNING"), PROMPT, expected)
+
+
+def test_peft_values_and_dtype() -> None:
+    wrong = {"prompt_embeddings": random(N, HIDDEN)}
+    wrong["prompt_embeddings"][1, 1] = float("nan")
+    refused_peft(config("PROMPT_TUNING"), wrong, "prompt_embeddings: all values must be finite, got NaN or infinity")
+    wrong["prompt_embeddings"][1, 1] = 1e5
+    refused_peft(config("PROMPT_TUNING"), wrong, "prompt_embeddings: magnitudes must be <= 65504, got 100000")
+    wrong = {"prompt_embeddings": torch.ones(N, HIDDEN, dtype=torch.int64)}
+    refused_peft(config("PROMPT_TUNING"), wrong, "prompt_embeddings: dtype must be floating", "got I64")
+
+
+def multitask(cols: torch.Tensor, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return PROMPT | {"prefix_task_cols": cols, "prefix_task_rows": rows}
+
+
+def test_multitask_file() -> None:
+    fields = config("MULTITASK_PROMPT_TUNING")
+    two = multitask(random(2, N, 1), random(2, 1, HIDDEN))
+    refused_peft(fields, two, "index must be 0 to 1 for this multitask file, got None")
+    refused_peft(fields, multitask(random(2, N), random(2, 1, HIDDEN)), "prefix_task_cols: expected 3 dimensions")
+    refused_peft(fields, multitask(random(2, N, 1), random(3, 1, HIDDEN)), "do not fit each other", "[3, 1, 48]")
+    large = multitask(torch.full((1, N, 1), 60_000.0), torch.full((1, 1, HIDDEN), 60_000.0))
+    refused_peft(fields, large, "embeddings: magnitudes must be <= 65504, got ")
+    for index in (-1, 2):
+        with pytest.raises(InvalidArtefactError, match=f"index must be 0 to 1 for this multitask file, got {index}"):
+            read_peft(json.dumps(fields).encode(), safetensors.torch.save(two), SHAPE, index)
+
+
+def test_index_of_a_file_with_one_task() -> None:
+    body, weights = json.dumps(config("CPT")).encode(), safetensors.torch.save(PROMPT)
+    with pytest.raises(InvalidArtefactError, match="index picks a task of a MULTITASK_PROMPT_TUNING file, this is CPT"):
+        read_peft(body, weights, SHAPE, 0)
+
+
+# The canonical file.
+
+
+def canonical(num_header_bytes: int) -> bytes:
+    """A right file whose header has this length: its first two bytes are those of other formats."""
+    header = json.dumps({"__metadata__": SOFT, "embeddings": entry(0, 192, 1, 48)}).encode()
+    return by_hand(header.ljust(num_header_bytes), 192)
+
+
+def test_canonical_file_passes_its_own_gate() -> None:
+    for num_tokens in range(1, 40):
+        pair = (random(HEADS, num_tokens, DIM), random(HEADS, num_tokens, DIM))
+        body = write_native(Prefix("kv", layers={1: pair}, base_model="tiny", fingerprint="f" * 64))
+        assert set(read_header(body).tensors) == {"layers.1.key", "layers.1.value"}
+        assert read_native(body, SHAPE).num_virtual_tokens == num_tokens
+
+
+# Not refused as they should be yet.
+
+
+@pytest.mark.xfail(strict=True, raises=InvalidArtefactError)
+@pytest.mark.parametrize("num_header_bytes", [640, 896, 1152, 1408, 19280])
+def test_header_length_that_looks_like_a_pickle_or_zip_is_taken(num_header_bytes: int) -> None:
+    assert canonical(num_header_bytes)[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
+    assert read_native(canonical(num_header_bytes), SHAPE).num_virtual_tokens == 1
+
+
+@pytest.mark.xfail(strict=True, raises=RecursionError)
+@pytest.mark.parametrize("depth", [450, 800])
+def test_deeply_nested_config(depth: int) -> None:
+    inner = b'{"trust_remote_code": true}'
+    refused_peft(b'{"peft_type": "PROMPT_TUNING", "a": ' + b"[" * depth + inner + b"]" * depth + b"}", PROMPT)
+
+
+@pytest.mark.xfail(strict=True, raises=safetensors.SafetensorError)
+@pytest.mark.parametrize(("old", "new"), [(b"[0, 192]", b"[-0, 192]"), (b'"soft"', b'"soft", "base_model": "\\ud800"')])
+def test_header_that_only_safetensors_refuses(old: bytes, new: bytes) -> None:
+    header = json.dumps({"__metadata__": SOFT, "embeddings": entry(0, 192, 1, 48)}).encode()
+    assert header.count(old) == 1
+    refused_native(by_hand(header.replace(old, new), 192), "safetensors")
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError)
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float8_e4m3fn, torch.float8_e4m3fn)])
+def test_multitask_file_of_mixed_dtypes_is_taken_or_refused(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    mixed = multitask(random(1, N, 1).to(dtypes[0]), random(1, 1, HIDDEN).to(dtypes[1]))
+    with contextlib.suppress(InvalidArtefactError):
+        read_peft(json.dumps(config("MULTITASK_PROMPT_TUNING")).encode(), safetensors.torch.save(mixed), SHAPE)
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeEncodeError)
+def test_reason_can_be_sent() -> None:
+    with pytest.raises(InvalidArtefactError) as caught:
+        read_native(by_hand({"\ud800": 1}, 0), SHAPE)
+    str(caught.value).encode("utf-8")

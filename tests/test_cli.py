@@ -1,0 +1,314 @@
+"""The command line as it is: against a real server over HTTP, and on files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from conftest import HIDDEN, NAME, Served, native
+from safetensors.torch import save
+from typer.testing import CliRunner
+
+from server.cli import app
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "A fine film."
+
+
+@dataclass(frozen=True)
+class Cli:
+    """`prefixserve` with a server's URL and a model's folder in its environment."""
+
+    env: dict[str, str]
+
+    def run(self, *arguments: object, **env: str) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], env=self.env | env)
+
+    def json(self, *arguments: object, exit_code: int = 0) -> Any:
+        result = self.run(*arguments, "--json")
+        assert result.exit_code == exit_code, result.output
+        return json.loads(result.stdout)
+
+    def refused(self, *arguments: object, **env: str) -> str:
+        """The one line of an expected failure."""
+        result = self.run(*arguments, **env)
+        assert result.exit_code == 1, result.output
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        return result.stderr
+
+
+@pytest.fixture(scope="module")
+def cli(served: Served, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    """Nothing of the caller's own environment reaches it."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    inherited = {name: "" for name in os.environ if name.startswith("PREFIXSERVE_")}
+    ours = {"URL": served.url, "MODEL": str(model_path), "MODEL_ALIAS": "mini,owner/mini", "DTYPE": "float32"}
+    ours["CACHE_DIR"] = cache
+    return Cli(inherited | {f"PREFIXSERVE_{name}": value for name, value in ours.items()})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of native files and PEFT folders."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "one.safetensors").write_bytes(native(301, 20))
+    (folder / "two.safetensors").write_bytes(native(302))
+    (folder / "named.safetensors").write_bytes(native(303, base_model="owner/mini"))
+    (folder / "other.safetensors").write_bytes(native(304, base_model="someone/else"))
+    (folder / "long.safetensors").write_bytes(native(305, 300))
+    (folder / "wrong.safetensors").write_bytes(b"not a safetensors file")
+    torch.manual_seed(3)
+    tensors = {
+        "prompt_embeddings": torch.randn(4, HIDDEN),
+        "prefix_task_cols": torch.randn(3, 4, 2),
+        "prefix_task_rows": torch.randn(3, 2, HIDDEN),
+    }
+    write_peft(folder / "multitask", "MULTITASK_PROMPT_TUNING", tensors)
+    write_peft(folder / "prompt", "PROMPT_TUNING", {"prompt_embeddings": tensors["prompt_embeddings"]})
+    return folder
+
+
+def write_peft(folder: Path, peft_type: str, tensors: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    config = {"peft_type": peft_type, "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors))
+
+
+@pytest.fixture
+def task(served: Served, files: Path) -> Iterator[str]:
+    """A task with two versions, gone afterwards."""
+    for name in ("one", "two"):
+        assert served.put("cli-task", (files / f"{name}.safetensors").read_bytes()).status_code == 201
+    yield "cli-task"
+    served.http.delete("/v1/prefixes/cli-task")
+
+
+def test_push_a_native_file_and_a_peft_folder(cli: Cli, served: Served, files: Path) -> None:
+    pushed = cli.json("push", "cli-push", files / "one.safetensors", "--note", "first")
+    assert (pushed["task"], pushed["version"], pushed["note"], pushed["active"]) == ("cli-push", 1, "first", 1)
+    second = cli.run("push", "cli-push", files / "prompt", "--activate", "false")
+    assert second.exit_code == 0, second.output
+    assert second.stdout.startswith("cli-push@2 ")
+    assert second.stderr == ""
+    described = served.http.get("/v1/prefixes/cli-push").json()
+    assert [version["kind"] for version in described["versions"]] == ["kv", "soft"]
+    assert described["active"] == 1
+
+
+def test_push_takes_its_options_from_the_environment(cli: Cli, files: Path) -> None:
+    result = cli.run("push", "cli-env", files / "one.safetensors", PREFIXSERVE_NOTE="of the env", PREFIXSERVE_JSON="1")
+    assert json.loads(result.stdout)["note"] == "of the env"
+
+
+def test_push_of_a_multitask_file(cli: Cli, files: Path) -> None:
+    every = cli.json("push", "cli-many", files / "multitask", "--all")
+    assert [manifest["task"] for manifest in every] == ["cli-many-0", "cli-many-1", "cli-many-2"]
+    one = cli.json("push", "cli-one", files / "multitask", "--index", 1)
+    assert one["digest"] == every[1]["digest"] != every[0]["digest"]
+    assert "index must be 0 to 2" in cli.refused("push", "cli-one", files / "multitask")
+    assert "--all" in cli.refused("push", "cli-one", files / "multitask", "--all", "--index", "1")
+
+
+@pytest.mark.parametrize("name", ["one.safetensors", "prompt"])
+def test_push_all_of_a_file_with_one_artefact_is_a_push(cli: Cli, files: Path, name: str) -> None:
+    assert [manifest["task"] for manifest in cli.json("push", "cli-single", files / name, "--all")] == ["cli-single"]
+
+
+def test_push_is_refused_with_the_servers_reason(cli: Cli, files: Path) -> None:
+    assert "[a-z0-9][a-z0-9._-]{0,63}" in cli.refused("push", "Not A Name", files / "one.safetensors")
+    assert "someone/else" in cli.refused("push", "cli-base", files / "other.safetensors")
+    assert "nothing at" in cli.refused("push", "cli-base", files / "missing")
+    (files / "half").mkdir(exist_ok=True)
+    assert "adapter_config.json" in cli.refused("push", "cli-base", files / "half")
+    accepted = cli.json("push", "cli-base", files / "other.safetensors", "--accept-base")
+    assert accepted["base"] == "mismatch"
+
+
+def test_dry_run_checks_the_files_and_sends_nothing(cli: Cli, served: Served, files: Path) -> None:
+    def dry(name: str, *options: str, exit_code: int = 0) -> Any:
+        return cli.json("push", "cli-dry", files / name, "--dry-run", *options, exit_code=exit_code)
+
+    good = dry("one.safetensors")
+    assert (good["task"], good["fits"], good["num_virtual_tokens"]) == ("cli-dry", True, 20)
+    assert [one["task"] for one in dry("multitask", "--all")] == ["cli-dry-0", "cli-dry-1", "cli-dry-2"]
+    wrong = dry("wrong.safetensors", exit_code=1)
+    assert wrong["fits"] is False
+    assert wrong["reason"]
+    assert dry("other.safetensors", exit_code=1)["base"] == "mismatch"
+    assert dry("other.safetensors", "--accept-base")["fits"] is True
+    named = cli.run("push", NAME, files / "one.safetensors", "--dry-run")
+    assert (named.exit_code, f"own name '{NAME}'" in named.stdout) == (1, True)
+    assert served.http.get("/v1/prefixes/cli-dry").status_code == 404
+
+
+def test_progress_is_shown_on_a_terminal(cli: Cli, files: Path) -> None:
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "server", "push", "cli-bar", str(files / "one.safetensors"), "--json"]
+    env = os.environ | cli.env | {"TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=follower) as process:
+        os.close(follower)
+        shown = b""
+        try:
+            while part := os.read(leader, 4096):
+                shown += part
+        except OSError:  # the other end is closed
+            pass
+        os.close(leader)
+        assert process.stdout is not None
+        assert json.loads(process.stdout.read())["task"] == "cli-bar"
+    assert process.returncode == 0
+    assert b"one.safetensors" in shown
+    assert "━" in shown.decode()
+
+
+def test_list_and_show(cli: Cli, served: Served, task: str) -> None:
+    listed = cli.json("list")
+    assert listed == served.http.get("/v1/prefixes", params={"limit": 1000}).json()["prefixes"]
+    assert task in {one["task"] for one in listed}
+    long = "cli-" + "n" * 60
+    served.put(long, native(310))
+    assert {task, long} <= set(cli.run("list").stdout.split())
+    assert cli.json("show", task) == served.http.get(f"/v1/prefixes/{task}").json()
+    assert cli.json("show", f"{task}@1")["num_virtual_tokens"] == 20
+    text = cli.run("show", task).stdout
+    assert f"task: {task}\n" in text
+    assert all(version["digest"][:12] in text for version in cli.json("show", task)["versions"])
+    assert "no task 'nothing'" in cli.refused("show", "nothing")
+
+
+def test_activate_and_rollback(cli: Cli, task: str) -> None:
+    digest = cli.json("show", f"{task}@2")["digest"]
+    for version, active in (("1", 1), (digest[:12], 2), ("previous", 1)):
+        assert cli.json("activate", task, version)["active"] == active
+    assert cli.json("rollback", task)["active"] == 2
+    assert "active: 1\n" in cli.run("rollback", task).stdout
+    assert "no version '9'" in cli.refused("activate", task, "9")
+
+
+def test_rm_of_a_version_and_of_a_task(cli: Cli, served: Served, task: str) -> None:
+    assert "active" in cli.refused("rm", f"{task}@2")
+    assert cli.json("rm", f"{task}@1") == {"deleted": f"{task}@1"}
+    assert [version["version"] for version in cli.json("show", task)["versions"]] == [2]
+    assert cli.run("rm", task).exit_code == 0
+    assert served.http.get(f"/v1/prefixes/{task}").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["", "?limit=1", "a/b", ".."])
+def test_rm_of_what_is_no_name_deletes_nothing(cli: Cli, served: Served, task: str, name: str) -> None:
+    before = served.http.get("/v1/prefixes").json()
+    cli.refused("rm", name)
+    assert served.http.get("/v1/prefixes").json() == before
+
+
+def test_generate_whole_and_streamed(cli: Cli, served: Served, task: str) -> None:
+    for name, query in ((task, task), (f"{task}@1", f"{task}@1"), (NAME, None)):
+        expected = served.generate(PROMPT, query, max_new_tokens=12).json()["generated_text"]
+        arguments = ("generate", name, PROMPT, "--max-new-tokens", 12)
+        assert cli.run(*arguments).stdout == expected + "\n"
+        assert cli.run(*arguments, "--stream").stdout == expected + "\n"
+        answer = cli.json(*arguments)
+        assert answer["generated_text"] == expected
+        assert answer["details"]["version"] == {task: 2, f"{task}@1": 1}.get(name)
+        events = [json.loads(line) for line in cli.run(*arguments, "--stream", "--json").stdout.splitlines()]
+        assert len(events) == answer["details"]["generated_tokens"]
+        assert events[-1]["generated_text"] == expected
+
+
+def test_generate_is_refused_with_the_servers_reason(cli: Cli, task: str) -> None:
+    for more in ((), ("--stream",)):
+        assert "no task 'nothing'" in cli.refused("generate", "nothing", PROMPT, *more)
+        assert "must be <= 256" in cli.refused("generate", task, PROMPT, "--max-new-tokens", "300", *more)
+
+
+def test_server_that_is_not_there_is_one_line(cli: Cli) -> None:
+    assert "http://127.0.0.1:1" in cli.refused("list", "--url", "http://127.0.0.1:1")
+    assert "url must be" in cli.refused("list", "--url", "http://127.0.0.1:port")
+    assert "error: " in cli.refused("list", "--url", "no-scheme")
+
+
+def test_inspect_says_what_it_is(cli: Cli, served: Served, files: Path) -> None:
+    for name, kind, num_virtual_tokens, base in (
+        ("one.safetensors", "kv", 20, "unverified"),
+        ("named.safetensors", "kv", 5, "name-match"),
+        ("prompt", "soft", 4, "unverified"),
+    ):
+        found = cli.json("inspect", files / name)
+        assert (found["kind"], found["num_virtual_tokens"], found["base"]) == (kind, num_virtual_tokens, base)
+        assert found["device_bytes"] == served.state.engine.bytes_on_device(num_virtual_tokens)
+        assert (found["fits"], found["reason"], found["model"]) == (True, None, NAME)
+    assert cli.json("inspect", files / "multitask", "--index", "2")["num_virtual_tokens"] == 4
+
+
+def test_inspect_of_a_download_is_verified(cli: Cli, served: Served, task: str, tmp_path: Path) -> None:
+    path = tmp_path / "downloaded.safetensors"
+    path.write_bytes(served.http.get(f"/v1/prefixes/{task}/versions/1/file").content)
+    assert cli.json("inspect", path)["base"] == "verified"
+
+
+def test_inspect_says_why_it_does_not_fit(cli: Cli, files: Path) -> None:
+    for name, options, reason in (
+        ("wrong.safetensors", (), "header"),
+        ("long.safetensors", (), "num_virtual_tokens must be 1 to 254, got 300"),
+        ("one.safetensors", ("--max-virtual-tokens", "8"), "num_virtual_tokens must be 1 to 8, got 20"),
+        ("other.safetensors", (), "someone/else"),
+        ("multitask", (), "index must be 0 to 2"),
+        ("multitask", ("--index", "3"), "index must be 0 to 2"),
+    ):
+        found = cli.json("inspect", files / name, *options, exit_code=1)
+        assert found["fits"] is False
+        assert reason in found["reason"]
+    pool = cli.run("inspect", files / "one.safetensors", PREFIXSERVE_PREFIX_BYTES="1KiB")
+    assert (pool.exit_code, "fits: False" in pool.stdout, "the pool has 1024" in pool.stdout) == (1, True, True)
+    assert "nothing at" in cli.refused("inspect", files / "missing")
+
+
+def test_fold_writes_a_file_that_the_server_takes(cli: Cli, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    width = 2 * 2 * 2 * 8  # keys and values, layers, KV heads, head_dim
+    tensors = {
+        "embedding.weight": torch.randn(6, 10),
+        "transform.0.weight": torch.randn(12, 10),
+        "transform.0.bias": torch.randn(12),
+        "transform.2.weight": torch.randn(width, 12),
+        "transform.2.bias": torch.randn(width),
+    }
+    checkpoint, output = tmp_path / "unfolded.safetensors", tmp_path / "folded.safetensors"
+    checkpoint.write_bytes(save(tensors))
+    folded = cli.json("fold", checkpoint, output)
+    assert (folded["file"], folded["num_virtual_tokens"]) == (str(output), 6)
+    pushed = cli.json("push", "cli-folded", output)
+    assert (pushed["digest"], pushed["base"]) == (folded["digest"], "verified")
+    assert "nothing at" in cli.refused("fold", tmp_path / "missing", output)
+
+
+def test_model_path_is_alone_on_the_last_line(cli: Cli, model_path: Path) -> None:
+    for verb in ("path", "fetch"):
+        result = cli.run("model", verb, model_path)
+        assert result.stdout.splitlines()[-1] == str(model_path)
+        assert cli.json("model", verb, model_path) == {"name": NAME, "path": str(model_path)}
+    assert "prefixserve model fetch" in cli.refused("model", "path")  # this cache is empty
+    assert "owner/name" in cli.refused("model", "path", "nothing-here")
+
+
+def test_serve_refuses_wrong_settings_in_one_line(cli: Cli) -> None:
+    assert "loopback" in cli.refused("serve", "--host", "0.0.0.0")
+    assert "max_step_tokens" in cli.refused("serve", "--max-rows", "100", "--max-step-tokens", "50")
+    assert "port" in cli.refused("serve", PREFIXSERVE_PORT="99999")
+
+
+def test_commands_that_speak_http_do_without_torch() -> None:
+    program = "import sys, server.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
