@@ -6,24 +6,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from prefix_store.ensemble import KIND, Ensemble
 from prefix_store.errors import NotFoundError, PreconditionFailedError
+from prefix_store.prefix import Layout
 
 
 @dataclass(frozen=True)
-class Version:
-    """Immutable. `num_bytes` is the native file's size; `base` how it was matched with the model."""
+class NewVersion:
+    """A version before it has a number. `num_bytes` is the native file's size (0: it has none, being an ensemble);
+    `base` how it was matched with the model."""
 
-    tenant: str
-    task: str
-    version: int
     digest: str
-    kind: str
-    num_virtual_tokens: int
+    content: Layout | Ensemble
     num_bytes: int
     base: str
     base_model: str
     fingerprint: str
     note: str
+
+    @property
+    def kind(self) -> str:
+        return KIND if isinstance(self.content, Ensemble) else self.content.kind
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.content.num_virtual_tokens
+
+
+@dataclass(frozen=True)
+class Version(NewVersion):
+    """Immutable."""
+
+    tenant: str
+    task: str
+    version: int
     created_at_s: float
 
 
@@ -53,20 +69,6 @@ class Task:
                 raise NotFoundError(f"task {self.name!r} has no active version")
             raise NotFoundError(f"no version {version!r} of task {self.name!r}")
         return found[0]
-
-
-@dataclass(frozen=True)
-class NewVersion:
-    """A version before it has a number."""
-
-    digest: str
-    kind: str
-    num_virtual_tokens: int
-    num_bytes: int
-    base: str
-    base_model: str
-    fingerprint: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Registry(Protocol):
         precondition: Precondition,
         confirm: Callable[[], object],
     ) -> tuple[Task, Version, bool]:
-        """The task, the version and whether it is new. `confirm` runs while no `release_unused` can."""
+        """The task, the version and whether it is new. `confirm` runs while no `release_unused` can. Raises
+        NotFoundError for an ensemble whose members are not all there."""
         ...
 
     def get_task(self, tenant: str, task: str) -> Task | None: ...
@@ -116,10 +119,12 @@ class Registry(Protocol):
     def pinned_tasks(self) -> list[Task]: ...
 
     def delete_version(self, tenant: str, task: str, version: str, precondition: Precondition) -> Version:
-        """Raises ConflictError for the active version."""
+        """Raises ConflictError for the active version and for a member of an ensemble, naming the ensemble."""
         ...
 
-    def delete_task(self, tenant: str, task: str, precondition: Precondition) -> Task: ...
+    def delete_task(self, tenant: str, task: str, precondition: Precondition) -> Task:
+        """Raises ConflictError where another task's ensemble has one of its versions."""
+        ...
 
     def digests(self) -> set[str]:
         """All that any version refers to."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from prefix_store.ensemble import KIND, Ensemble, Member
 from prefix_store.errors import ConflictError, NotFoundError
+from prefix_store.prefix import Layout
 from prefix_store.registry import NewVersion, Precondition, Task, Version
 
 SCHEMA = """
@@ -21,14 +26,22 @@ CREATE TABLE IF NOT EXISTS tasks (
 CREATE TABLE IF NOT EXISTS versions (
     tenant TEXT NOT NULL, task TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, kind TEXT NOT NULL,
     num_virtual_tokens INTEGER NOT NULL, num_bytes INTEGER NOT NULL, base TEXT NOT NULL, base_model TEXT NOT NULL,
-    fingerprint TEXT NOT NULL, note TEXT NOT NULL, created_at_s REAL NOT NULL,
+    fingerprint TEXT NOT NULL, note TEXT NOT NULL, created_at_s REAL NOT NULL, content TEXT NOT NULL DEFAULT '{}',
     PRIMARY KEY (tenant, task, version),
     FOREIGN KEY (tenant, task) REFERENCES tasks (tenant, name) ON DELETE CASCADE) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS versions_by_digest ON versions (digest);
+CREATE INDEX IF NOT EXISTS ensembles ON versions (tenant) WHERE kind = 'ensemble';
 CREATE INDEX IF NOT EXISTS pinned_tasks ON tasks (tenant, name) WHERE is_pinned = 1;
 """
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# A file of schema 1 had decoder-only prefixes only: their kind and length say all that `content` does.
+MIGRATION = "ALTER TABLE versions ADD COLUMN content TEXT NOT NULL DEFAULT '{}'"
 WAIT_S = 10.0
+COLUMNS = (
+    "tenant, task, version, digest, kind, num_virtual_tokens, num_bytes, base, base_model, fingerprint, note, "
+    "created_at_s, content"
+)
+PLACES = ", ".join("?" * len(COLUMNS.split(", ")))
 
 
 class SqliteRegistry:
@@ -45,6 +58,8 @@ class SqliteRegistry:
             found = db.execute("PRAGMA user_version").fetchone()[0]
             if found > SCHEMA_VERSION:
                 raise ConflictError(f"{path}: expected a registry of schema {SCHEMA_VERSION}, got {found}")
+            if found == 1:
+                db.execute(MIGRATION)
             for statement in SCHEMA.split(";"):
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -77,22 +92,11 @@ class SqliteRegistry:
             number = db.execute(
                 "SELECT last_version FROM tasks WHERE tenant = ? AND name = ?", (tenant, task)
             ).fetchone()[0]
-            version = Version(
-                tenant=tenant,
-                task=task,
-                version=number,
-                digest=new.digest,
-                kind=new.kind,
-                num_virtual_tokens=new.num_virtual_tokens,
-                num_bytes=new.num_bytes,
-                base=new.base,
-                base_model=new.base_model,
-                fingerprint=new.fingerprint,
-                note=new.note,
-                created_at_s=time.time(),
-            )
-            row = tuple(vars(version).values())
-            db.execute(f"INSERT INTO versions VALUES ({', '.join('?' * len(row))})", row)
+            for member in new.content.members if isinstance(new.content, Ensemble) else ():
+                if _present(db, tenant, member.task).find(str(member.version)).digest != member.digest:
+                    raise NotFoundError(f"no version {member} any more: it was deleted and made anew")
+            version = Version(**vars(new), tenant=tenant, task=task, version=number, created_at_s=time.time())
+            db.execute(f"INSERT INTO versions ({COLUMNS}) VALUES ({PLACES})", _values(version))
             if activate is not False:
                 _point(db, _present(db, tenant, task), number)
             return _present(db, tenant, task), version, True
@@ -141,6 +145,7 @@ class SqliteRegistry:
                 raise ConflictError(
                     f"version {gone.version} of task {task!r} is active; activate another or delete the task"
                 )
+            _refuse_member(db, tenant, task, gone.version)
             db.execute(
                 "DELETE FROM versions WHERE tenant = ? AND task = ? AND version = ?", (tenant, task, gone.version)
             )
@@ -154,6 +159,8 @@ class SqliteRegistry:
         with self._transaction() as db:
             found = _present(db, tenant, task)
             precondition.check(str(found.revision))
+            for version in found.versions:
+                _refuse_member(db, tenant, task, version.version, but_of=task)
             db.execute("DELETE FROM tasks WHERE tenant = ? AND name = ?", (tenant, task))
             _next_revision(db, tenant)
             return found
@@ -227,9 +234,37 @@ def _task(db: sqlite3.Connection, tenant: str, name: str) -> Task | None:
     if row is None:
         return None
     versions = db.execute(
-        "SELECT * FROM versions WHERE tenant = ? AND task = ? ORDER BY version", (tenant, name)
+        f"SELECT {COLUMNS} FROM versions WHERE tenant = ? AND task = ? ORDER BY version", (tenant, name)
     ).fetchall()
-    return Task(tenant, name, row[0], row[1], row[2], bool(row[3]), tuple(Version(*v) for v in versions))
+    return Task(tenant, name, row[0], row[1], row[2], bool(row[3]), tuple(map(_version, versions)))
+
+
+def _refuse_member(db: sqlite3.Connection, tenant: str, task: str, version: int, but_of: str = "") -> None:
+    """Raises ConflictError naming the ensembles that have this version, those of the task `but_of` apart."""
+    users = db.execute(
+        "SELECT DISTINCT task, version FROM versions, json_each(content, '$.members') AS member "
+        "WHERE tenant = ? AND kind = 'ensemble' AND task != ? "
+        "AND json_extract(member.value, '$.task') = ? AND json_extract(member.value, '$.version') = ?",
+        (tenant, but_of, task, version),
+    ).fetchall()
+    if users:
+        named = ", ".join(f"{user}@{number}" for user, number in users)
+        raise ConflictError(f"version {version} of task {task!r} is a member of {named}; delete that first")
+
+
+def _values(version: Version) -> tuple[object, ...]:
+    given = [getattr(version, name) for name in COLUMNS.split(", ")[:-1]]
+    return (*given, json.dumps(asdict(version.content), sort_keys=True))
+
+
+def _version(row: tuple[Any, ...]) -> Version:
+    fields = dict(zip(COLUMNS.split(", "), row, strict=True))
+    kind, num_virtual_tokens = fields.pop("kind"), fields.pop("num_virtual_tokens")
+    content = json.loads(fields.pop("content")) or {"kind": kind, "num_decoder_tokens": num_virtual_tokens}
+    if kind == KIND:
+        members = [Member(**member | {"content": Layout(**member["content"])}) for member in content["members"]]
+        return Version(**fields, content=Ensemble(tuple(members), content["rule"]))
+    return Version(**fields, content=Layout(**content))
 
 
 def _present(db: sqlite3.Connection, tenant: str, name: str) -> Task:

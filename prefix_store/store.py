@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from prefix_store.blobs import Blobs
+from prefix_store.ensemble import Ensemble, Member
 from prefix_store.errors import BaseMismatchError, IncompatibleError, InvalidArtefactError, NotFoundError
 from prefix_store.names import is_task_name, is_version, parse_ref
-from prefix_store.native_format import read_native, write_native
+from prefix_store.native_format import digest_of, read_native, write_native
 from prefix_store.peft_format import read_peft
-from prefix_store.prefix import ModelShape, Prefix
+from prefix_store.prefix import Layout, ModelShape, Prefix
 from prefix_store.registry import ANY, NewVersion, Precondition, Registry, Task, Version
 
 MAX_NOTE = 200
@@ -86,21 +88,9 @@ class PrefixStore:
         precondition: Precondition = ANY,
     ) -> Published:
         """Store a new version: when this returns it survives anything. `activate` None: it goes live."""
-        self.check_name(task)
-        if len(note) > MAX_NOTE:
-            raise InvalidArtefactError(f"note must be <= {MAX_NOTE} characters, got {len(note)}")
         body = write_native(replace(prefix, base_model=self._shape.model_name, fingerprint=self._shape.fingerprint))
+        new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
         digest = self._blobs.put(body)
-        new = NewVersion(
-            digest=digest,
-            kind=prefix.kind,
-            num_virtual_tokens=prefix.num_virtual_tokens,
-            num_bytes=len(body),
-            base=base,
-            base_model=self._shape.model_name,
-            fingerprint=self._shape.fingerprint,
-            note=note,
-        )
         try:
             # A delete of the same content may have come between: then the blob is put again.
             found, version, is_new = self._registry.add_version(
@@ -110,6 +100,50 @@ class PrefixStore:
             self._registry.release_unused({digest}, self._blobs.delete)
             raise
         return Published(found, version, is_new)
+
+    def make_ensemble(self, tenant: str, members: Sequence[str], rule: str) -> Ensemble:
+        """Of members `T@V` (`T`: what it points to now). Raises InvalidArtefactError naming one that cannot be."""
+        found = []
+        for i, ref in enumerate(members):
+            try:
+                version = self.resolve(tenant, ref)
+            except (NotFoundError, IncompatibleError) as error:
+                raise InvalidArtefactError(f"members[{i}]: {error}") from error
+            if isinstance(version.content, Ensemble):
+                raise InvalidArtefactError(f"members[{i}]: {ref!r} is an ensemble itself; name its members")
+            found.append(Member(version.task, version.version, version.digest, version.content))
+        return Ensemble(tuple(found), rule)  # type: ignore[arg-type]  # it checks its rule
+
+    def publish_ensemble(
+        self,
+        tenant: str,
+        task: str,
+        ensemble: Ensemble,
+        *,
+        note: str = "",
+        activate: bool | None = None,
+        precondition: Precondition = ANY,
+    ) -> Published:
+        """As `publish`. Raises NotFoundError if a member was deleted meanwhile."""
+        new = self._new_version(task, ensemble.digest, ensemble, 0, "verified", note)
+        found, version, is_new = self._registry.add_version(tenant, task, new, activate, precondition, lambda: None)
+        return Published(found, version, is_new)
+
+    def _new_version(
+        self, task: str, digest: str, content: Layout | Ensemble, num_bytes: int, base: str, note: str
+    ) -> NewVersion:
+        self.check_name(task)
+        if len(note) > MAX_NOTE:
+            raise InvalidArtefactError(f"note must be <= {MAX_NOTE} characters, got {len(note)}")
+        return NewVersion(
+            digest=digest,
+            content=content,
+            num_bytes=num_bytes,
+            base=base,
+            base_model=self._shape.model_name,
+            fingerprint=self._shape.fingerprint,
+            note=note,
+        )
 
     def check_name(self, task: str) -> None:
         """Raises InvalidArtefactError for a name that a task cannot have."""
@@ -182,7 +216,9 @@ class PrefixStore:
         return self._blobs.exists(digest)
 
     def file_bytes(self, version: Version) -> bytes:
-        """The native file. Raises DamagedBlobError."""
+        """The native file. Raises DamagedBlobError, NotFoundError for an ensemble."""
+        if isinstance(version.content, Ensemble):
+            raise NotFoundError(f"{version.task}@{version.version} is an ensemble: its members have files, it has none")
         return self._blobs.get(version.digest)
 
     def load(self, digest: str) -> Prefix:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from prefix_store.blobs import Blobs
 from prefix_store.errors import BaseMismatchError, InvalidArtefactError
@@ -18,8 +18,8 @@ from prefix_store.prefix import ModelShape, Prefix
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from server.config import Settings
-from server.engine.kv_blocks import block_bytes, num_blocks_for
-from server.engine.model_runner import measure_shape, native_dtype
+from server.engine.kv_blocks import block_bytes, prefix_blocks
+from server.engine.model_runner import measure_shape, model_class, native_dtype
 from server.model_files import find_model, fingerprint
 from server.start import DEFAULT_PREFIX_BYTES
 
@@ -43,10 +43,9 @@ class Inspection:
 def model_shape(settings: Settings) -> ModelShape:
     """The measures of the model that `settings` would serve, from its config alone. Raises ModelFilesError."""
     files = find_model(settings.model, settings.model_revision)
+    config = AutoConfig.from_pretrained(files.path)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            AutoConfig.from_pretrained(files.path), dtype=native_dtype(settings.dtype, torch.device("cpu"))
-        )
+        empty = model_class(config).from_config(config, dtype=native_dtype(settings.dtype, torch.device("cpu")))
     return measure_shape(
         empty,
         settings.model_name or files.name,
@@ -80,7 +79,7 @@ def inspect(
         reason = str(error)
     if prefix is None:
         return Inspection(str(path), shape.model_name, fits=False, reason=reason)
-    device_bytes = num_blocks_for(prefix.num_virtual_tokens) * block_bytes(shape)
+    device_bytes = prefix_blocks(prefix.layout, shape) * block_bytes(shape)
     pool_bytes = int(settings.prefix_bytes or DEFAULT_PREFIX_BYTES)
     if reason is None and device_bytes > pool_bytes:
         reason = f"it needs {device_bytes} bytes of prefix memory, the pool has {pool_bytes}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
 from server.api.errors import TGI_ERRORS, RequestError, status_of, tgi_type
-from server.api.rows import EventStream, Row, answer_headers, start_row, while_connected
 from server.api.schemas import GenerateParameters, GenerateRequest
 from server.api.state import AppState, State, Target
 from server.engine.errors import EngineError
@@ -18,7 +19,11 @@ from server.engine.sequence import TokenOutput
 
 router = APIRouter(tags=["generate"], responses=TGI_ERRORS)
 TaskQuery = Annotated[
-    str | None, Query(description="A task, or TASK@VERSION; none: the bare model.", examples=["films"])
+    str | None,
+    Query(
+        description="A task, TASK@VERSION, or several with commas (KV prefixes, one infix); none: the bare model.",
+        examples=["films"],
+    ),
 ]
 
 
@@ -43,29 +48,29 @@ async def _answer(
         raise RequestError(422, f"task {task[:80]!r} and adapter_id {str(parameters.adapter_id)[:80]!r} must agree")
     name = task if task is not None else parameters.adapter_id
     target = await state.resolve_task(None if name in state.model_names else name)
-    row = await start_row(state, request, body.inputs, parameters.sampling_params(), target)
+    (answer,) = await start_answers(state, request, body.inputs, [parameters.sampling_params()], target)
     lead = body.inputs if parameters.return_full_text else ""
     if streams:
-        return EventStream(_events(row, target, lead), [row], answer_headers(target, row.stream))
-    async with row.stream:
-        outputs = await while_connected(request, row.finish())
-    answer: dict[str, Any] = {"generated_text": lead + row.stream.generated_text}
+        return EventStream(_events(answer, target, lead), [answer], answer_headers(target, answer.stream))
+    async with answer.stream:
+        outputs = await while_connected(request, answer.finish())
+    reply: dict[str, Any] = {"generated_text": lead + answer.stream.generated_text}
     if parameters.details:
         tokens = [_token(output) for output in outputs]
-        answer["details"] = {**_details(row, target), "prefill": [], "tokens": tokens}
-    return JSONResponse(answer, headers=answer_headers(target, row.stream))
+        reply["details"] = {**_details(answer, target), "prefill": [], "tokens": tokens}
+    return JSONResponse(reply, headers=answer_headers(target, answer.stream))
 
 
-async def _events(row: Row, target: Target, lead: str) -> AsyncIterator[str]:
-    async with row.stream:
+async def _events(answer: Answer, target: Target, lead: str) -> AsyncIterator[str]:
+    async with answer.stream:
         try:
-            async for output in row.outputs():
+            async for output in answer.outputs():
                 is_last = output.finish_reason is not None
                 event = {
                     "index": output.index,
                     "token": _token(output),
-                    "generated_text": lead + row.stream.generated_text if is_last else None,
-                    "details": {**_details(row, target), "input_length": row.stream.num_prompt_tokens}
+                    "generated_text": lead + answer.stream.generated_text if is_last else None,
+                    "details": {**_details(answer, target), "input_length": answer.stream.num_prompt_tokens}
                     if is_last
                     else None,
                 }
@@ -80,15 +85,16 @@ def _token(output: TokenOutput) -> dict[str, Any]:
     return {"id": output.token_id, "text": output.text, "logprob": output.logprob, "special": output.special}
 
 
-def _details(row: Row, target: Target) -> dict[str, Any]:
-    stream = row.stream
+def _details(answer: Answer, target: Target) -> dict[str, Any]:
+    stream = answer.stream
     return {
         "finish_reason": stream.finish_reason,
         "generated_tokens": stream.num_generated_tokens,
         "seed": stream.seed,
         "task": target.task,
-        "version": target.version.version if target.version else None,
+        "version": target.version,
         "prompt_tokens": stream.num_prompt_tokens,
         "virtual_tokens": stream.num_virtual_tokens,
         "cached_tokens": stream.num_cached_tokens,
+        **({"votes": [asdict(vote) for vote in answer.votes]} if answer.votes else {}),
     }

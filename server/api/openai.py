@@ -15,12 +15,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from prefix_store.errors import NotFoundError
+from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
 from server.api.errors import OPENAI_ERRORS, RequestError, openai_error, status_of
-from server.api.rows import EventStream, Row, answer_headers, start_row, while_connected
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from server.api.state import TENANT, AppState, State, Target
 from server.engine.errors import EngineError
-from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import TokenOutput
 
 router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
@@ -47,7 +46,7 @@ class Reply:
             "object": "chat.completion.chunk" if is_chunk and self.kind == "chat.completion" else self.kind,
             "created": self.created_s,
             "model": self.model,
-            "system_fingerprint": str(version.version) if version else self.state.engine.shape.fingerprint[:12],
+            "system_fingerprint": str(version) if version else self.state.engine.shape.fingerprint[:12],
             "choices": choices,
         }
 
@@ -67,7 +66,7 @@ async def chat_completions(request: Request, state: State, body: ChatRequest) ->
     limit = body.max_completion_tokens or body.max_tokens
     target = await _target(state, body.model)
     if limit is None:
-        virtual = target.prefix.num_virtual_tokens if target.prefix else 0
+        virtual = target.num_virtual_tokens
         limit = max(1, min(MAX_DEFAULT_CHAT_TOKENS, state.engine.max_context - virtual - len(prompt)))
     top = (body.top_logprobs or 0) if body.logprobs else None
     return await _answer(request, state, body, prompt, limit, top, "chat.completion")
@@ -87,7 +86,7 @@ async def models(state: State) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}", summary="One of them")
 async def model(state: State, model: str) -> dict[str, Any]:
     target = await _target(state, model)
-    return _model(state, model, int(target.version.created_at_s) if target.version else 0)
+    return _model(state, model, int(max((version.created_at_s for version in target.versions), default=0)))
 
 
 def _model(state: AppState, name: str, created_s: int) -> dict[str, Any]:
@@ -126,20 +125,20 @@ async def _answer(
 ) -> Response:
     target = await _target(state, body.model)
     params = [body.sampling_params(max_new_tokens, num_top_logprobs, i) for i in range(body.n or 1)]
-    rows = await _start_rows(request, state, prompt, params, target)
+    answers = await start_answers(state, request, prompt, params, target)
     prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
     reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()))
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(reply, rows, with_usage), rows, answer_headers(target, rows[0].stream))
+        return EventStream(_events(reply, answers, with_usage), answers, answer_headers(target, answers[0].stream))
     try:
-        finished = await while_connected(request, _finish_all(rows))
+        finished = await while_connected(request, _finish_all(answers))
     finally:
-        for row in rows:
-            row.stream.abort()
+        for answer in answers:
+            answer.stream.abort()
     choices = []
-    for i, (row, outputs) in enumerate(zip(rows, finished, strict=True)):
-        text = row.stream.generated_text
+    for i, (answer, outputs) in enumerate(zip(answers, finished, strict=True)):
+        text = answer.stream.generated_text
         choice: dict[str, Any] = {"index": i, "finish_reason": _reason(outputs[-1]), "logprobs": None}
         if params[i].num_top_logprobs is not None:
             choice["logprobs"] = _logprobs(reply, outputs)
@@ -148,45 +147,22 @@ async def _answer(
         else:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         choices.append(choice)
-    return JSONResponse({**reply.body(choices), "usage": _usage(rows)}, headers=answer_headers(target, rows[0].stream))
+    return JSONResponse(
+        {**reply.body(choices), "usage": _usage(answers)}, headers=answer_headers(target, answers[0].stream)
+    )
 
 
-async def _start_rows(
-    request: Request, state: AppState, prompt: str | list[int], params: list[SamplingParams], target: Target
-) -> list[Row]:
-    """All or none. One row waits by itself; several start together."""
-    if len(params) == 1:
-        return [await start_row(state, request, prompt, params[0], target)]
-    streams = []
-    try:
-        for one in params:
-            streams.append(
-                await state.engine.generate(prompt, one, target.prefix, state.row_id(request.state.request_id))
-            )
-
-        async def firsts() -> list[TokenOutput]:
-            return [await anext(stream) for stream in streams]
-
-        return [
-            Row(stream, first) for stream, first in zip(streams, await while_connected(request, firsts()), strict=True)
-        ]
-    except BaseException:
-        for stream in streams:
-            stream.abort()
-        raise
+async def _finish_all(answers: list[Answer]) -> list[list[TokenOutput]]:
+    return [await answer.finish() for answer in answers]
 
 
-async def _finish_all(rows: list[Row]) -> list[list[TokenOutput]]:
-    return [await row.finish() for row in rows]
-
-
-async def _events(reply: Reply, rows: list[Row], with_usage: bool) -> AsyncIterator[str]:
+async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> AsyncIterator[str]:
     merged: asyncio.Queue[tuple[int, TokenOutput | EngineError]] = asyncio.Queue()
     is_chat = reply.kind == "chat.completion"
 
-    async def pump(index: int, row: Row) -> None:
+    async def pump(index: int, answer: Answer) -> None:
         try:
-            async for output in row.outputs():
+            async for output in answer.outputs():
                 merged.put_nowait((index, output))
         except EngineError as error:
             merged.put_nowait((index, error))
@@ -199,12 +175,12 @@ async def _events(reply: Reply, rows: list[Row], with_usage: bool) -> AsyncItera
         content: dict[str, Any] = {"delta": {**delta, "content": text}} if is_chat else {"text": text}
         return {"index": index, **content, "finish_reason": reason, "logprobs": logprobs}
 
-    pumps = [asyncio.create_task(pump(i, row)) for i, row in enumerate(rows)]
-    num_running = len(rows)
-    offsets = [0] * len(rows)  # where the next token of each choice starts
+    pumps = [asyncio.create_task(pump(i, answer)) for i, answer in enumerate(answers)]
+    num_running = len(answers)
+    offsets = [0] * len(answers)  # where the next token of each choice starts
     try:
         if is_chat:
-            for i in range(len(rows)):
+            for i in range(len(answers)):
                 yield chunk([choice(i, "", None, None, role="assistant")])
         while num_running:
             index, output = await merged.get()
@@ -220,27 +196,27 @@ async def _events(reply: Reply, rows: list[Row], with_usage: bool) -> AsyncItera
             if output.text or logprobs or reason:
                 yield chunk([choice(index, output.text, reason, logprobs)])
         if with_usage:
-            yield chunk([], usage=_usage(rows))
+            yield chunk([], usage=_usage(answers))
         yield DONE
     finally:
         for task in pumps:
             task.cancel()
-        for row in rows:
-            row.stream.abort()
+        for answer in answers:
+            answer.stream.abort()
 
 
 def _reason(output: TokenOutput) -> str:
     return "length" if output.finish_reason == "length" else "stop"
 
 
-def _usage(rows: list[Row]) -> dict[str, Any]:
-    prompt = rows[0].stream.num_prompt_tokens
-    generated = sum(row.stream.num_generated_tokens for row in rows)
+def _usage(answers: list[Answer]) -> dict[str, Any]:
+    prompt = answers[0].stream.num_prompt_tokens
+    generated = sum(answer.stream.num_generated_tokens for answer in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": rows[0].stream.num_cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": answers[0].stream.num_cached_tokens},
     }
 
 

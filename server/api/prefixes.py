@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
+from prefix_store.ensemble import Ensemble
 from prefix_store.local_files import CONFIG, WEIGHTS
-from prefix_store.prefix import Prefix
+from prefix_store.prefix import PARTS, Prefix
 from prefix_store.registry import Precondition, Task, Version
 from prefix_store.store import Published
 from server.api.errors import PROBLEMS, RequestError
-from server.api.schemas import ActivateRequest
-from server.api.state import TENANT, AppState, State, ref_of
+from server.api.schemas import ActivateRequest, EnsembleRequest
+from server.api.state import TENANT, AppState, State
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS)
 NATIVE_TYPES = (
@@ -49,6 +53,7 @@ UPLOAD_BODY = {
                     }
                 },
             },
+            "application/json": {"schema": EnsembleRequest.model_json_schema()},
         },
     }
 }
@@ -66,21 +71,29 @@ async def upload(
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """A native `.safetensors` body, or multipart with PEFT's two files. 201 with the manifest; known content is 200."""
+    """A native `.safetensors` body, multipart with PEFT's two files, or an ensemble of versions as JSON. 201 with the
+    manifest; known content is 200."""
     state.store.check_name(task)
     precondition = _precondition(if_match, if_none_match)
     async with state.uploads:
-        prefix = await _read(request, state, index)
-        base = state.store.match_base(prefix, accept_base)
-        await state.engine.check(prefix)
-        wanted = {"auto": None, "true": True, "false": False}[activate]
-
-        def publish() -> Published:
-            return state.store.publish(
-                TENANT, task, prefix, base=base, note=note, activate=wanted, precondition=precondition
-            )
-
-        published = await asyncio.to_thread(publish)
+        options: dict[str, Any] = {
+            "note": note,
+            "activate": {"auto": None, "true": True, "false": False}[activate],
+            "precondition": precondition,
+        }
+        if _content_type(request) == "application/json":
+            if index is not None:
+                raise RequestError(422, "index picks a task of a PEFT multitask file; an ensemble names its members")
+            wanted = _ensemble(await request.body())
+            ensemble = await asyncio.to_thread(state.store.make_ensemble, TENANT, wanted.members, wanted.rule)
+            state.check_ensemble(ensemble)
+            publish = partial(state.store.publish_ensemble, TENANT, task, ensemble, **options)
+        else:
+            prefix = await _read(request, state, index)
+            base = state.store.match_base(prefix, accept_base)
+            await state.engine.check(prefix)
+            publish = partial(state.store.publish, TENANT, task, prefix, base=base, **options)
+        published: Published = await asyncio.to_thread(publish)
     await state.sync_pins()
     headers = {
         "ETag": f'"{published.task.revision}"',
@@ -142,7 +155,7 @@ async def activate(
 @router.post("/{task}/pin", summary="Make it resident and keep it so")
 async def pin(state: State, task: str) -> Response:
     version = await asyncio.to_thread(state.store.resolve, TENANT, _name(task))
-    await state.engine.preload(ref_of(version))
+    await state.preload(version)
     found = await asyncio.to_thread(state.store.set_pinned, TENANT, task, True)
     await state.sync_pins()
     return _task_response(state, found)
@@ -158,7 +171,7 @@ async def unpin(state: State, task: str) -> Response:
 @router.post("/{task}/preload", summary="Make it resident now")
 async def preload(state: State, task: str) -> Response:
     version = await asyncio.to_thread(state.store.resolve, TENANT, task)
-    await state.engine.preload(ref_of(version))
+    await state.preload(version)
     return _task_response(state, await asyncio.to_thread(state.store.get_task, TENANT, version.task))
 
 
@@ -186,17 +199,30 @@ async def delete_version(
 
 async def _read(request: Request, state: AppState, index: int | None) -> Prefix:
     """The upload as a validated prefix; nothing is stored yet."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _content_type(request)
     if kind == "multipart/form-data":
         config, weights = await _parts(request)
         return await asyncio.to_thread(state.store.parse_peft, config, weights, index)
     if kind and kind not in NATIVE_TYPES:
         raise RequestError(
-            415, f"Content-Type must be multipart/form-data or one of {', '.join(NATIVE_TYPES)}, got {kind[:80]!r}"
+            415,
+            f"Content-Type must be multipart/form-data, application/json or one of {', '.join(NATIVE_TYPES)}, "
+            f"got {kind[:80]!r}",
         )
     if index is not None:
         raise RequestError(422, "index picks a task of a PEFT multitask file; a native file has one")
     return await asyncio.to_thread(state.store.parse_native, await request.body())
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _ensemble(body: bytes) -> EnsembleRequest:
+    try:
+        return EnsembleRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
 
 
 async def _parts(request: Request) -> tuple[bytes, bytes]:
@@ -245,8 +271,8 @@ def _described(state: AppState, task: Task) -> dict[str, Any]:
         "active": task.active,
         "previous": task.previous,
         "pinned": task.is_pinned,
-        "residency": state.engine.residency(active.digest) if active else "cold",
-        "resident_bytes": sum({v.digest: state.engine.resident_bytes(v.digest) for v in task.versions}.values()),
+        "residency": state.residency(active) if active else "cold",
+        "resident_bytes": state.device_bytes(task.versions, resident=True),
         "versions": [_version(state, version) for version in task.versions],
     }
 
@@ -262,19 +288,28 @@ def _manifest(state: AppState, task: Task, version: Version) -> dict[str, Any]:
 
 
 def _version(state: AppState, version: Version) -> dict[str, Any]:
+    content: dict[str, Any]
+    if isinstance(version.content, Ensemble):
+        content = {"members": [str(member) for member in version.content.members], "rule": version.content.rule}
+    else:
+        content = {"placement": version.content.placement}
+        if version.content.separator is not None:
+            content["separator"] = version.content.separator
+        if state.engine.shape.is_encoder_decoder:
+            content["parts"] = {part: getattr(version.content, f"num_{part}_tokens") for part in PARTS}
     return {
         "version": version.version,
         "digest": version.digest,
         "kind": version.kind,
-        "placement": "prefix",
+        **content,
         "num_virtual_tokens": version.num_virtual_tokens,
         "num_bytes": version.num_bytes,
-        "device_bytes": state.engine.bytes_on_device(version.num_virtual_tokens),
+        "device_bytes": state.device_bytes([version], resident=False),
         "base": version.base,
         "base_model": version.base_model,
         "fingerprint": version.fingerprint,
         "status": "ok" if state.store.is_compatible(version) else "incompatible",
-        "residency": state.engine.residency(version.digest),
+        "residency": state.residency(version),
         "note": version.note,
         "created_at_s": version.created_at_s,
     }

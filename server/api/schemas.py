@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from prefix_store.ensemble import MAX_MEMBERS, Rule
 from server.engine.sampling_params import SamplingParams
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -244,3 +245,16 @@ class ActivateRequest(WireModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 2}, {"version": "previous"}]})
     version: StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=64)]
+
+
+class EnsembleRequest(WireModel):
+    """`PUT /v1/prefixes/T` as JSON. `members` are `T@V`, or `T` for the version that is active now."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"kind": "ensemble", "members": ["films@1", "films@2"], "rule": "mean_probs"}]}
+    )
+    kind: Literal["ensemble"]
+    members: list[Annotated[str, StringConstraints(min_length=1, max_length=140)]] = Field(
+        min_length=2, max_length=MAX_MEMBERS
+    )
+    rule: Rule

@@ -12,12 +12,15 @@ from typing import Annotated
 import structlog
 from fastapi import Depends, Request
 
+from prefix_store.ensemble import Ensemble, Rule
+from prefix_store.prefix import Layout
 from prefix_store.registry import Version
 from prefix_store.store import PrefixStore
+from server.api.errors import RequestError
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.engine.errors import EngineError, OverloadedError
-from server.engine.sequence import PrefixRef
+from server.engine.sequence import Composition, PrefixRef
 from server.metrics import Metrics
 
 TENANT = "default"
@@ -26,17 +29,36 @@ DRAIN_RETRY_S = 5
 log = structlog.get_logger()
 
 
-def ref_of(version: Version) -> PrefixRef:
-    return PrefixRef(version.digest, version.num_virtual_tokens)
+def refs_of(version: Version) -> tuple[PrefixRef, ...]:
+    """The prefix of a version, or those of an ensemble's members."""
+    if isinstance(version.content, Ensemble):
+        return tuple(PrefixRef(member.digest, member.content) for member in version.content.members)
+    return (PrefixRef(version.digest, version.content),)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a request runs on. All None: the bare model."""
+    """What a request runs on: rows, each behind a composition. No versions: the bare model.
+
+    With the rule `vote` the rows answer each for itself, else they choose every token together.
+    """
 
     task: str | None = None
-    version: Version | None = None
-    prefix: PrefixRef | None = None
+    versions: tuple[Version, ...] = ()
+    members: tuple[Composition, ...] = ((),)
+    rule: Rule | None = None
+
+    @property
+    def version(self) -> int | str | None:
+        """The version's number; of a composition all, with commas."""
+        if len(self.versions) == 1:
+            return self.versions[0].version
+        return ",".join(str(version.version) for version in self.versions) or None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Of the row with the most."""
+        return max(sum(ref.layout.num_virtual_tokens for ref in prefixes) for prefixes in self.members)
 
 
 @dataclass(eq=False)
@@ -71,15 +93,25 @@ class AppState:
         return not self.is_draining and self.is_registry_seen and self.engine.is_healthy
 
     async def resolve_task(self, name: str | None) -> Target:
-        """The version that `T` or `T@V` means now. Raises the store's NotFoundError or IncompatibleError."""
+        """What `T`, `T@V` or `T,U` means now. Raises the store's NotFoundError or IncompatibleError, RequestError for
+        parts that do not go together."""
         if name is None:
             return Target()
-        version = await asyncio.to_thread(self.store.resolve, TENANT, name)
-        self._labels[version.digest] = version.task
-        self._labels.move_to_end(version.digest)
-        if len(self._labels) > MAX_LABELS:
+        versions = tuple([await asyncio.to_thread(self.store.resolve, TENANT, part) for part in name.split(",")])
+        task = ",".join(version.task for version in versions)
+        refs = [refs_of(version) for version in versions]
+        if len(versions) == 1 and isinstance(versions[0].content, Ensemble):
+            target = Target(task, versions, tuple((ref,) for ref in refs[0]), versions[0].content.rule)
+        else:
+            check_composition(versions)
+            target = Target(task, versions, (tuple(ref for (ref,) in refs),))
+        for version, seen in zip(versions, refs, strict=True):
+            for ref in seen:
+                self._labels[ref.digest] = version.task
+                self._labels.move_to_end(ref.digest)
+        while len(self._labels) > MAX_LABELS:
             self._labels.popitem(last=False)
-        return Target(version.task, version, ref_of(version))
+        return target
 
     def check_room(self) -> None:
         """Refuse before a prompt is tokenised here. The engine decides again, by its own count."""
@@ -101,7 +133,7 @@ class AppState:
         """Hold exactly the active versions of pinned tasks."""
         async with self._pinning:
             versions = await asyncio.to_thread(self.store.pinned_versions)
-            wanted = {version.digest: ref_of(version) for version in versions}
+            wanted = {ref.digest: ref for version in versions for ref in refs_of(version)}
             for digest in set(self._pinned) - set(wanted):
                 await self.engine.unpin(self._pinned.pop(digest))
             for digest in set(wanted) - set(self._pinned):
@@ -114,7 +146,7 @@ class AppState:
 
     async def free(self, versions: Iterable[Version]) -> None:
         """Give back the device memory of deleted versions, of those in use when their last row has finished."""
-        for digest in {version.digest for version in versions}:
+        for digest in {ref.digest for version in versions for ref in refs_of(version)}:
             if not await asyncio.to_thread(self.store.has_file, digest):
                 self._labels.pop(digest, None)
                 task = asyncio.create_task(self._evict_when_unused(digest))
@@ -124,6 +156,28 @@ class AppState:
     async def _evict_when_unused(self, digest: str) -> None:
         while self.engine.residency(digest) != "cold" and not await self.engine.evict(digest):
             await asyncio.sleep(0.1)
+
+    def residency(self, version: Version) -> str:
+        """`resident`, `loading` or `cold`; an ensemble is what the least of its members is."""
+        found = {self.engine.residency(ref.digest) for ref in refs_of(version)}
+        return next(name for name in ("cold", "loading", "resident") if name in found)
+
+    def device_bytes(self, versions: Iterable[Version], *, resident: bool) -> int:
+        """Of prefixes, each once: what they take now, or would take."""
+        refs = {ref.digest: ref for version in versions for ref in refs_of(version)}
+        if resident:
+            return sum(self.engine.resident_bytes(digest) for digest in refs)
+        return sum(self.engine.bytes_on_device(ref.layout) for ref in refs.values())
+
+    def check_ensemble(self, ensemble: Ensemble) -> None:
+        """Raises PrefixFaultError for one whose members could never run together."""
+        num_bytes = sum({m.digest: self.engine.bytes_on_device(m.content) for m in ensemble.members}.values())
+        self.engine.check_together(len(ensemble.members), num_bytes)
+
+    async def preload(self, version: Version) -> None:
+        """Make it resident. Raises the engine's errors."""
+        for ref in refs_of(version):
+            await self.engine.preload(ref)
 
     def row_id(self, request_id: str) -> str:
         """An id of a row of its own, whatever id the client chose for its request."""
@@ -137,6 +191,22 @@ class AppState:
             if num_bytes:
                 found[task] = found.get(task, 0) + num_bytes
         return found
+
+
+def check_composition(versions: tuple[Version, ...]) -> None:
+    """Raises RequestError. KV prefixes concatenate; a soft prompt was trained to stand first and alone."""
+    if len(versions) == 1:
+        return
+    layouts = [version.content for version in versions if isinstance(version.content, Layout)]
+    if len(layouts) < len(versions):
+        ensemble = next(version.task for version in versions if isinstance(version.content, Ensemble))
+        raise RequestError(422, f"an ensemble cannot be composed with others, got {ensemble!r}", "task")
+    prefixes = [layout for layout in layouts if layout.placement == "prefix"]
+    if len(layouts) - len(prefixes) > 1:
+        raise RequestError(422, f"a composition has one infix at most, got {len(layouts) - len(prefixes)}", "task")
+    if len(prefixes) > 1 and any(layout.kind == "soft" for layout in prefixes):
+        soft = next(v.task for v in versions if v.kind == "soft" and v.content in prefixes)
+        raise RequestError(422, f"only KV prefixes can be composed, {soft!r} is a soft prompt", "task")
 
 
 async def state_of(request: Request) -> AppState:

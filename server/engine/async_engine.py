@@ -247,6 +247,16 @@ class AsyncEngine:
         token_ids = [1 % self.shape.vocab_size, 2 % self.shape.vocab_size]
         await asyncio.to_thread(self._engine.runner.check, prefix, token_ids)
 
+    def check_together(self, num_rows: int, num_bytes: int) -> None:
+        """Could rows behind prefixes of so many bytes ever run side by side? Raises PrefixFaultError."""
+        if num_rows > self._engine.scheduler.max_rows:
+            raise PrefixFaultError(
+                f"{num_rows} rows must run together, the batch has {self._engine.scheduler.max_rows}"
+            )
+        available = self._engine.prefix_allocator.num_blocks * self._block_bytes
+        if num_bytes > available:
+            raise PrefixFaultError(f"{num_bytes} bytes of prefix memory are needed together, the pool has {available}")
+
     async def preload(self, ref: PrefixRef) -> None:
         """Make a prefix resident. Raises PrefixLoadError, or OverloadedError when held prefixes leave no room."""
         if not await self._call(lambda: self._engine.residents.preload(ref)):

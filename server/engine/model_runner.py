@@ -49,7 +49,8 @@ class ModelRunner:
         """The encoder over rows that start, then the decoder over all: cross-attention takes the K and V of the newly
         encoded tokens and keeps them in the rows' blocks; those of rows that run are there."""
         encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
-        encoded = torch.empty(1, 0, self.shape.hidden_size, dtype=self.shape.dtype, device=self.kv_blocks.device)
+        # Modules make no K of zero tokens; of this one nothing is written.
+        encoded = torch.zeros(1, 1, self.shape.hidden_size, dtype=self.shape.dtype, device=self.kv_blocks.device)
         if batch.encoder is not None:
             with attending(batch.encoder):
                 encoded = encoder(**self._inputs(encoder, batch.encoder)).last_hidden_state
@@ -116,16 +117,23 @@ class ModelRunner:
             raise PrefixFaultError("the model's logits behind this prefix must be finite, got NaN or infinity")
 
 
+def model_class(config: Any) -> Any:
+    """Of transformers' classes the one that generates text."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Any:
     """A frozen transformers decoder that calls our attention. Raises ModelRefusedError for one that cannot."""
     config = AutoConfig.from_pretrained(path, revision=revision)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        model: Any = kind.from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
+        model: Any = model_class(config).from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
     except (ValueError, KeyError) as error:  # KeyError: a family with a table of attention classes of its own
         raise ModelRefusedError(f"{config.model_type} does not take another attention function: {error}") from error
     if config.is_encoder_decoder:
-        prepare(model)
+        try:
+            prepare(model)
+        except (AttributeError, TypeError) as error:  # modules of another make than those that it knows
+            raise ModelRefusedError(f"{config.model_type} does not take packed streams: {error}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -161,7 +169,9 @@ def measure_shape(
         max_positions = getattr(config, "n_positions", MAX_RELATIVE_POSITIONS)  # T5 has biases of distances
     if max_positions is None:
         raise ModelRefusedError(f"{config.model_type}: expected a model with positions, it has no largest one")
-    num_heads = config.num_attention_heads
+    num_heads = getattr(config, "num_attention_heads", None)
+    if num_heads is None:
+        raise ModelRefusedError(f"{config.model_type}: expected one number of attention heads in its config, found none")
     head_dim = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // num_heads
     multi_query = getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads")
     num_kv_heads = 1 if multi_query else getattr(config, "num_key_value_heads", None) or num_heads

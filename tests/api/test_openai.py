@@ -103,7 +103,11 @@ def test_streamed_logprobs_join_to_the_whole(served: Served, films: str) -> None
     for index in range(2):
         mine = [choice["logprobs"] for choice in found if choice["index"] == index]
         for name, values in whole[index]["logprobs"].items():
-            assert [value for logprobs in mine for value in logprobs[name]] == values
+            joined = [value for logprobs in mine for value in logprobs[name]]
+            if name == "top_logprobs":
+                assert [list(top) for top in joined] == [list(top) for top in values]
+            else:  # the last bits of a product depend on how many rows run beside
+                assert joined == (pytest.approx(values, abs=1e-5) if name == "token_logprobs" else values)
 
 
 def test_seed_may_be_any_of_openais(served: Served) -> None:
