@@ -6,6 +6,7 @@ Each file is written here the way its tool writes it; where that layout comes fr
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import pickle
 import zipfile
@@ -337,6 +338,11 @@ def test_list_with_doctored_state_is_refused(tmp_path: Path) -> None:
         saved(tmp_path / "cartridge.pt", cartridge() | {"trainable_keys": doctored}),
         "trainable_keys: expected parameters 0 to 2, got 0, 2, 7",
     )
+    doctored.__dict__["_parameters"] = None
+    refused(
+        saved(tmp_path / "cartridge.pt", cartridge() | {"trainable_keys": doctored}),
+        "trainable_keys: expected a ParameterList, got none of its parameters",
+    )
 
 
 # PrefixTuning's model holds nothing but a table `wte` [n, hidden] and `control_trans`, Linear - Tanh - Linear to
@@ -514,6 +520,18 @@ def test_compressed_archive_is_refused(tmp_path: Path) -> None:
         for entry in whole.infolist():
             bomb.writestr(entry.filename, whole.read(entry))
     refused(tmp_path / "bomb.pt", "bomb.pt: expected uncompressed records, ", "is compressed")
+
+
+def test_archive_that_uses_its_bytes_twice_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "decoder.pt", torch.zeros(50, HIDDEN))
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for i in range(100):
+            again = copy.copy(largest)
+            again.filename = f"decoder/data/{i + 1}"
+            archive.filelist.append(again)
+        archive.comment = b"written anew"
+    refused(path, "decoder.pt: its records claim 9", f"bytes, {path.stat().st_size} are there")
 
 
 def test_file_beyond_the_bound_is_refused_unread(tmp_path: Path) -> None:
