@@ -9,28 +9,20 @@ the default model, bf16 where native. Pairs are interleaved; the end has their m
 from __future__ import annotations
 
 import argparse
-import asyncio
 import random
 import statistics
-import tempfile
-import threading
 import time
 import warnings
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
-import uvicorn
 from peft import PromptTuningConfig, TaskType, get_peft_model
+from served import served, spread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_store.prefix import Prefix
-from server.api.app import create_app
-from server.config import Settings
 from server.model_files import find_model
-from server.start import make_state
 
 NUM_REQUESTS, NUM_TASKS, NUM_VIRTUAL, NUM_IN, NUM_OUT = 64, 64, 20, 32, 32
 
@@ -41,22 +33,6 @@ def prompts(tokenizer: Any) -> list[str]:
     assert all(len(tokenizer(word)["input_ids"]) == 1 for word in words)
     choose = random.Random(1)
     return ["".join(choose.choices(words, k=NUM_IN)) for _ in range(NUM_REQUESTS)]
-
-
-async def ask_all(url: str, texts: list[str], tasks: list[int]) -> float:
-    """Seconds for all requests at once."""
-    limits = httpx.Limits(max_connections=NUM_REQUESTS)
-    parameters = {"max_new_tokens": NUM_OUT, "ignore_eos": True}
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-
-        async def ask(text: str, task: int) -> None:
-            body = {"inputs": text, "parameters": parameters}
-            answer = await client.post("/generate", params={"task": f"t{task}"}, json=body)
-            answer.raise_for_status()
-
-        start_s = time.perf_counter()
-        await asyncio.gather(*(ask(text, task) for text, task in zip(texts, tasks, strict=True)))
-        return time.perf_counter() - start_s
 
 
 @torch.inference_mode()
@@ -87,8 +63,9 @@ def main() -> None:
     texts = prompts(tokenizer)
     ids = torch.tensor([tokenizer(text)["input_ids"] for text in texts])
     tasks = random.Random(0).choices(range(NUM_TASKS), [1 / (i + 1) for i in range(NUM_TASKS)], k=NUM_REQUESTS)
-    with tempfile.TemporaryDirectory() as folder:
-        state = make_state(Settings(data_dir=Path(folder), dtype=arguments.dtype, port=0), files)
+    asked = [(text, f"t{task}") for text, task in zip(texts, tasks, strict=True)]
+    with served(files, dtype=arguments.dtype) as server:
+        state = server.state
         shape = state.engine.shape
         embeddings = {}
         for task in range(NUM_TASKS):
@@ -98,27 +75,18 @@ def main() -> None:
         base = AutoModelForCausalLM.from_pretrained(files.path, dtype=shape.dtype)
         config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=NUM_VIRTUAL)
         peft_model = get_peft_model(base, config).eval()
-        server = uvicorn.Server(uvicorn.Config(create_app(state), host="127.0.0.1", port=0, log_config=None))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            time.sleep(0.05)
-        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        asyncio.run(ask_all(url, texts, tasks))  # every prefix becomes resident
+        server.seconds(asked, NUM_OUT)  # every prefix becomes resident
         pairs = []
         for _ in range(arguments.pairs):
-            ours = asyncio.run(ask_all(url, texts, tasks))
+            ours = server.seconds(asked, NUM_OUT)
             theirs = ask_peft(peft_model, embeddings, ids, tasks)
             pairs.append((ours, theirs))
             print(f"ours {ours:.2f} s, PEFT {theirs:.2f} s, {theirs / ours:.2f}x", flush=True)
-        server.should_exit = True
-        thread.join()
     num_tokens = NUM_REQUESTS * NUM_OUT
     ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratios = sorted(theirs / ours for ours, theirs in pairs)
     print(f"{shape.dtype}, {len(set(tasks))} tasks in {NUM_REQUESTS} requests, median of {len(pairs)} pairs")
     print(f"ours {num_tokens / ours:.0f} tokens/s, PEFT grouped by task {num_tokens / theirs:.0f} tokens/s")
-    print(f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(f"ratio {spread([theirs / ours for ours, theirs in pairs])}")
 
 
 if __name__ == "__main__":
