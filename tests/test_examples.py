@@ -1,4 +1,7 @@
-"""The example prefixes over HTTP, all mixed, answer exactly what PEFT answers one at a time: 200 held back each."""
+"""The example prefixes over HTTP, all mixed, answer exactly what PEFT answers one at a time: 200 held back each.
+
+On the default model, and on the phonemes example's encoder-decoder.
+"""
 
 from __future__ import annotations
 
@@ -6,74 +9,86 @@ import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from server.model_files import find_model
 from tests.program import ROOT, Program, running
 
-PREFIXES = ROOT / "examples" / "prefixes"
-TASKS = sorted(path.name for path in PREFIXES.iterdir())
 TIE = 1e-3
+FOLDERS = {"default": ROOT / "examples", "phonemes": ROOT / "examples" / "phonemes"}
+TASKS = [(name, path.name) for name, folder in FOLDERS.items() for path in sorted((folder / "prefixes").iterdir())]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    data_dir = tmp_path_factory.mktemp("examples") / "data"
-    with running(data_dir, "--dtype", "float32", "--publish-examples", str(PREFIXES)) as program:
-        yield program
+@dataclass
+class Served:
+    """A model's examples: the program that serves them, and the token ids of each task's 200 answers."""
+
+    folder: Path
+    model_path: Path
+    model_class: Any
+    tokenizer: Any
+    program: Program
+    answers: dict[str, list[list[int]]]
+
+    def max_new_tokens(self, answer: str) -> int:
+        return len(self.tokenizer(answer)["input_ids"]) + 4
 
 
-def held_back(task: str) -> list[dict[str, str]]:
-    lines = (ROOT / "examples" / "held_back" / f"{task}.jsonl").read_text().splitlines()
+def held_back(folder: Path, task: str) -> list[dict[str, str]]:
+    lines = (folder / "held_back" / f"{task}.jsonl").read_text().splitlines()
     assert len(lines) == 200
     return [json.loads(line) for line in lines]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(find_model(None).path)
+@pytest.fixture(scope="module", params=list(FOLDERS))
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Requests of all tasks in one shuffled stream, 48 at a time."""
+    folder = FOLDERS[request.param]
+    is_default = request.param == "default"
+    model_path = find_model(None).path if is_default else folder / "model"
+    options = [] if is_default else ["--model", str(model_path), "--model-alias", "phonemes-t5"]
+    options += ["--dtype", "float32", "--publish-examples", str(folder / "prefixes")]
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    kind = AutoModelForCausalLM if is_default else AutoModelForSeq2SeqLM
+    with running(tmp_path_factory.mktemp(request.param) / "data", *options) as program:
+        found = Served(folder, model_path, kind, tokenizer, program, {})
+        tasks = [task for name, task in TASKS if name == request.param]
+        asked = [(task, i, example) for task in tasks for i, example in enumerate(held_back(folder, task))]
+        random.Random(0).shuffle(asked)
+        with ThreadPoolExecutor(48) as clients:
+            answers = clients.map(
+                lambda a: program.tokens(a[2]["inputs"], a[0], found.max_new_tokens(a[2]["answer"])), asked
+            )
+            by_place = {(task, i): tokens for (task, i, _), tokens in zip(asked, answers, strict=True)}
+        found.answers.update({task: [by_place[task, i] for i in range(200)] for task in tasks})
+        yield found
 
 
-@pytest.fixture(scope="module")
-def served(program: Program, tokenizer: Any) -> dict[str, list[list[int]]]:
-    """Task -> token ids of its 200 answers, from requests of all tasks in one shuffled stream, 48 at a time."""
-    asked = [(task, i, example) for task in TASKS for i, example in enumerate(held_back(task))]
-    random.Random(0).shuffle(asked)
-    with ThreadPoolExecutor(48) as clients:
-        answers = clients.map(
-            lambda a: program.tokens(a[2]["inputs"], a[0], max_new_tokens(tokenizer, a[2]["answer"])), asked
-        )
-        by_place = {(task, i): tokens for (task, i, _), tokens in zip(asked, answers, strict=True)}
-    return {task: [by_place[task, i] for i in range(200)] for task in TASKS}
-
-
-def max_new_tokens(tokenizer: Any, answer: str) -> int:
-    return len(tokenizer(answer)["input_ids"]) + 4
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_an_example_over_http_answers_as_peft_does(
-    task: str, served: dict[str, list[list[int]]], tokenizer: Any
-) -> None:
-    base = AutoModelForCausalLM.from_pretrained(find_model(None).path, dtype=torch.float32)
-    model: Any = PeftModel.from_pretrained(base, PREFIXES / task).eval()
+@pytest.mark.parametrize(("served", "task"), TASKS, indirect=["served"])
+def test_an_example_over_http_answers_as_peft_does(served: Served, task: str) -> None:
+    base = served.model_class.from_pretrained(served.model_path, dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base, served.folder / "prefixes" / task).eval()
     wrong, num_ties = [], 0
-    for i, (example, ours) in enumerate(zip(held_back(task), served[task], strict=True)):
-        encoded = tokenizer(example["inputs"], return_tensors="pt")
+    for i, (example, ours) in enumerate(zip(held_back(served.folder, task), served.answers[task], strict=True)):
+        encoded = served.tokenizer(example["inputs"], return_tensors="pt")
         with torch.inference_mode():
             out = model.generate(
-                **encoded,
-                max_new_tokens=max_new_tokens(tokenizer, example["answer"]),
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                max_new_tokens=served.max_new_tokens(example["answer"]),
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        theirs = out.sequences[0, encoded["input_ids"].shape[1] :].tolist()
+        num_given = 1 if base.config.is_encoder_decoder else encoded["input_ids"].shape[1]
+        theirs = out.sequences[0, num_given:].tolist()
         if ours == theirs:
             continue
         at = next(k for k in range(len(theirs)) if ours[k : k + 1] != theirs[k : k + 1])
@@ -85,11 +100,16 @@ def test_an_example_over_http_answers_as_peft_does(
             wrong.append((i, at, ours, theirs))
     assert not wrong, wrong[:3]
     assert num_ties <= 1
-    assert len({tuple(tokens) for tokens in served[task]}) > 1
+    assert len({tuple(tokens) for tokens in served.answers[task]}) > 1
 
 
-def test_the_examples_are_told_apart(program: Program, served: dict[str, list[list[int]]], tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("served", "task", "other"),
+    [("default", "restore", "films"), ("phonemes", "backwards", "phonemes")],
+    indirect=["served"],
+)
+def test_the_examples_are_told_apart(served: Served, task: str, other: str) -> None:
     """Swapped tasks answer otherwise: the equalities above are not those of a model that ignores its prefix."""
-    examples = held_back("restore")[:5]
-    swapped = [program.tokens(e["inputs"], "films", max_new_tokens(tokenizer, e["answer"])) for e in examples]
-    assert all(ours != theirs for ours, theirs in zip(swapped, served["restore"], strict=False))
+    examples = held_back(served.folder, task)[:5]
+    swapped = [served.program.tokens(e["inputs"], other, served.max_new_tokens(e["answer"])) for e in examples]
+    assert all(ours != theirs for ours, theirs in zip(swapped, served.answers[task], strict=False))
