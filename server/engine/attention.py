@@ -12,7 +12,6 @@ import torch
 from transformers import AttentionInterface
 
 from server.engine.batch import AttentionGroup, Batch, current_batch
-from server.engine.model_families import bias_of_distance
 
 NAME = "prefixserve"
 
@@ -35,25 +34,22 @@ def packed_attention(
 
     `query` `[1, num_heads, num_tokens, head_dim]`, `key` and `value` `[1, num_kv_heads, num_tokens, head_dim]` (in
     cross-attention: of the encoded tokens of rows that start); returns `[1, num_tokens, num_heads, head_dim]`. `s_aux`
-    `[num_heads]` are sinks: logits that take weight and give nothing. `position_bias` is T5's table of biases
-    `[num_buckets, num_heads]` (see `model_families`).
+    `[num_heads]` are sinks: logits that take weight and give nothing. `position_bias` is T5's, by distance
+    `[2 * max_distance + 1, num_heads]` (see `model_families`).
     """
     assert attention_mask is None, "the stream carries its own masks"
     batch = current_batch.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    groups, slot_mapping = batch.groups, batch.slot_mapping
     is_cross = bool(batch.cross_groups) and not module.is_causal
-    if is_cross:
-        groups, slot_mapping = batch.cross_groups, batch.cross_slot_mapping
-    batch.kv_blocks.write(layer, slot_mapping, key[0], value[0])
+    groups, written = (batch.cross_groups, batch.encoder) if is_cross else (batch.groups, batch)
+    if written is not None:  # rows that start keep K and V of their encoded tokens in the slots that the encoder passed
+        batch.kv_blocks.write(layer, written.slot_mapping, key[0], value[0])
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     queries = query[0].transpose(0, 1)  # [num_tokens, num_heads, head_dim]
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for group in groups:
-        bias = None
-        if position_bias is not None and not is_cross:
-            bias = group.bias(position_bias, bias_of_distance(module, position_bias))
+        bias = None if position_bias is None or is_cross else group.bias(position_bias)
         attended = _attend(layer, queries, group, batch, scaling, sliding_window, softcap, s_aux, bias)
         if group.kept is not None:
             attended = attended.index_select(0, group.kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -95,13 +95,16 @@ class AttentionGroup:
             self._masks[sliding_window, present] = found
         return found
 
-    def bias(self, table: torch.Tensor, of_distance: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """`of_distance(key - query)` `[rows, max_queries, slots] -> [rows, max_queries, slots, heads]`, once a step and
-        table, as `[rows, heads, max_queries, slots]`."""
-        found = self._biases.get(id(table))
+    def bias(self, by_distance: torch.Tensor) -> torch.Tensor:
+        """Of `by_distance` `[2 * max_distance + 1, heads]` (key - query, from -max_distance on; farther is as far as
+        that), for every query and key `[rows, heads, max_queries, slots]`, made once a step."""
+        found = self._biases.get(id(by_distance))
         if found is None:
+            max_distance = by_distance.shape[0] // 2
             distance = self.key_positions[:, None, :] - self.query_positions[:, :, None]
-            found = self._biases[id(table)] = of_distance(distance).permute(0, 3, 1, 2).contiguous()
+            index = distance.clamp_(-max_distance, max_distance) + max_distance
+            found = torch.nn.functional.embedding(index, by_distance).permute(0, 3, 1, 2).contiguous()
+            self._biases[id(by_distance)] = found
         return found
 
 
@@ -119,13 +122,6 @@ class Batch:
     embeddings: torch.Tensor | None = None  # [n, hidden_size]
     cross_groups: list[AttentionGroup] = field(default_factory=list)
     encoder: Batch | None = None  # of the rows that start
-
-    @property
-    def cross_slot_mapping(self) -> torch.Tensor:
-        """Where rows that start keep the K and V of their encoded tokens: in the slots that the encoder passed."""
-        if self.encoder is not None:
-            return self.encoder.slot_mapping
-        return self.slot_mapping[:0]
 
 
 # Not an argument of the model's forward: some families do not hand those on to their attention (StableLM). A trial

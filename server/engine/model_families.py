@@ -11,10 +11,10 @@ from server.engine.batch import current_batch
 
 
 class PackedPositions(torch.nn.Module):
-    """In place of `embed_positions` (BART, mBART, Pegasus, …), which takes a token's position from its place in the
-    tensor: in a packed stream it comes with the batch."""
+    """In place of `embed_positions` (BART, mBART, Pegasus, M2M100, …), which takes a token's position from its place in
+    the tensor: in a packed stream it comes with the batch."""
 
-    def __init__(self, embedding: torch.nn.Embedding) -> None:
+    def __init__(self, embedding: Any) -> None:
         super().__init__()
         self._own = embedding
         self._offset = int(getattr(embedding, "offset", 0))
@@ -24,41 +24,37 @@ class PackedPositions(torch.nn.Module):
         if batch is None:
             found: torch.Tensor = self._own(*args, **kwargs)
             return found
-        return torch.nn.functional.embedding(batch.position_ids + self._offset, self._own.weight)
+        table = self._own.weights if hasattr(self._own, "weights") else self._own.weight
+        return torch.nn.functional.embedding(batch.position_ids + self._offset, table)
 
 
+@torch.no_grad()
 def prepare(model: Any) -> None:
     """Fit a loaded encoder-decoder for packed streams. Outside of them it computes what it did."""
     for stack in (model.get_encoder(), model.get_decoder()):
-        embedding = getattr(stack, "embed_positions", None)
-        if isinstance(embedding, torch.nn.Embedding):
-            stack.embed_positions = PackedPositions(embedding)
+        if getattr(stack, "embed_positions", None) is not None:
+            stack.embed_positions = PackedPositions(stack.embed_positions)
+        for index, layer in enumerate(getattr(stack, "layers", ())):
+            for module in layer.modules():  # without a cache no encoder layer needs its number, and some have none
+                if getattr(module, "layer_idx", index) is None:
+                    module.layer_idx = index
         for module in stack.modules():
             if getattr(module, "has_relative_attention_bias", False):
-                # The first layer's bias is handed to all layers: the table travels, each group makes its bias of it.
-                module.compute_bias = _table_in_packed_streams(module, module.compute_bias)
+                module.compute_bias = _by_distance_in_packed_streams(module, module.compute_bias)
 
 
-def _table_in_packed_streams(module: Any, own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def bias_or_table(*args: Any, **kwargs: Any) -> torch.Tensor:
+def _by_distance_in_packed_streams(module: Any, own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """T5's bias (Raffel et al., 2020) depends on key position - query position only, and from the module's largest
+    distance on no more. The first layer's is handed to all layers: what travels is `[2 * max_distance + 1, num_heads]`,
+    of which every attention takes its own."""
+    max_distance = int(module.relative_attention_max_distance)
+    by_distance = own(1, 2 * max_distance + 1, past_seen_tokens=max_distance)[0, :, 0].T.contiguous()
+    module.register_buffer("bias_by_distance", by_distance, persistent=False)
+
+    def bias(*args: Any, **kwargs: Any) -> torch.Tensor:
         if current_batch.get(None) is None:
             return own(*args, **kwargs)
-        table: torch.Tensor = module.relative_attention_bias.weight
-        return table
-
-    return bias_or_table
-
-
-def bias_of_distance(module: Any, table: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """T5's bias `[..., num_heads]` of key position - query position (Raffel et al., 2020), by the module's buckets."""
-
-    def bias(distance: torch.Tensor) -> torch.Tensor:
-        buckets = module._relative_position_bucket(
-            distance,
-            bidirectional=not module.is_decoder,
-            num_buckets=module.relative_attention_num_buckets,
-            max_distance=module.relative_attention_max_distance,
-        )
-        return torch.nn.functional.embedding(buckets, table)
+        found: torch.Tensor = module.bias_by_distance
+        return found
 
     return bias

@@ -171,7 +171,7 @@ def measure_shape(
         raise ModelRefusedError(f"{config.model_type}: expected a model with positions, it has no largest one")
     num_heads = getattr(config, "num_attention_heads", None)
     if num_heads is None:
-        raise ModelRefusedError(f"{config.model_type}: expected one number of attention heads in its config, found none")
+        raise ModelRefusedError(f"{config.model_type}: expected num_attention_heads in its config, found none")
     head_dim = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // num_heads
     multi_query = getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads")
     num_kv_heads = 1 if multi_query else getattr(config, "num_key_value_heads", None) or num_heads
