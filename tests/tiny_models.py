@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MT5Config,
     OPTConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    T5Config,
 )
 
 VOCAB, HIDDEN = 96, 32
@@ -38,6 +43,44 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         tie_word_embeddings=False,
     ),
 }
+
+
+# Distances that tiny texts exceed; mT5's heads are not as wide together as its hidden states.
+RELATIVE = {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 24, "decoder_start_token_id": 0}
+T5 = {"vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": 64, "pad_token_id": 0, "eos_token_id": 1} | RELATIVE
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 256,
+    "decoder_start_token_id": 2,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+}
+
+SEQ2SEQ_FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "t5": lambda: T5Config(**T5, num_layers=3, num_heads=4, initializer_factor=1.5),
+    "mt5": lambda: MT5Config(**T5, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu", initializer_factor=1.5),
+    "bart": lambda: BartConfig(**BART, init_std=0.2),
+}
+
+
+def seq2seq_model(config: PretrainedConfig) -> Any:
+    """Random, with answers that vary: a token's own embedding weighs little, its position much."""
+    model: Any = AutoModelForSeq2SeqLM.from_config(config).float()
+    for name, parameter in model.named_parameters():
+        if name == "shared.weight":  # of T5
+            parameter.data *= 0.1
+        elif name.endswith("embed_positions.weight"):
+            parameter.data *= 3
+        elif "relative_attention_bias" in name:
+            parameter.data *= 10
+    return model
 
 
 def letter_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
