@@ -1,71 +1,66 @@
-"""An unfolded training checkpoint (P_theta and its MLP) to the KV prefix that it stands for (Li and Liang, 2021)."""
+"""An unfolded table (P_theta and its MLP) to the keys and values that it stands for (Li and Liang, 2021)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 
 from prefix_store.errors import InvalidArtefactError
-from prefix_store.prefix import ModelShape, Prefix
-from prefix_store.safetensors_header import max_header_bytes, read_header
-from prefix_store.validation import validate
-
-# (P_theta, MLP): PEFT's names, then Li and Liang's
-NAMES = (("embedding.weight", "transform"), ("wte.weight", "control_trans"))
+from prefix_store.prefix import ModelShape
 
 
-def fold_file(path: Path, shape: ModelShape) -> Prefix:
-    """`.safetensors`, or a torch file, which is read with `weights_only`. Raises InvalidArtefactError."""
-    if path.suffix == ".safetensors":
-        body = path.read_bytes()
-        read_header(body, max_header_bytes(shape.num_layers))
-        return fold(safetensors.torch.load(body), shape)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not one of weights alone
-        raise InvalidArtefactError(f"{path.name} is not a file of weights alone: {str(error)[:200]}") from error
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict):
-        raise InvalidArtefactError(f"{path.name} must hold named tensors, got {type(found).__name__}")
-    return fold({str(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}, shape)
+@dataclass(frozen=True)
+class Names:
+    """What a checkpoint calls P_theta and the MLP, whatever module they sit in."""
+
+    table: str
+    mlp: str
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        mlp = [f"{self.mlp}.{place}.{part}" for place in (0, 2) for part in ("weight", "bias")]
+        return (f"{self.table}.weight", *mlp)
+
+    def __str__(self) -> str:
+        return f"{self.table}.weight with {self.mlp}.0/2.*"
+
+
+def find(tensors: Mapping[str, torch.Tensor], names: Names) -> tuple[torch.Tensor, ...] | None:
+    """The tensors of `names`; None if one is missing or there twice."""
+    found = []
+    for name in names.tensors:
+        ending = [tensor for key, tensor in tensors.items() if f".{key}".endswith(f".{name}")]
+        if len(ending) != 1:
+            return None
+        found.append(ending[0])
+    return tuple(found)
 
 
 @torch.inference_mode()
-def fold(tensors: dict[str, torch.Tensor], shape: ModelShape) -> Prefix:
-    """`Linear(k, m)`, `Tanh`, `Linear(m, 2 * layers * kv_heads * head_dim)` over the rows of P_theta `[n, k]`."""
-    for table_name, mlp in NAMES:
-        wanted = (table_name, f"{mlp}.0.weight", f"{mlp}.0.bias", f"{mlp}.2.weight", f"{mlp}.2.bias")
-        found = [_ending(tensors, name) for name in wanted]
-        if all(tensor is not None for tensor in found):
-            break
-    else:
-        raise InvalidArtefactError(
-            f"expected embedding.weight with transform.0/2.* (PEFT) or wte.weight with control_trans.0/2.* "
-            f"(Li and Liang), got {', '.join(sorted(tensors)[:8])}"
-        )
-    table, w0, b0, w2, b2 = (tensor.float() for tensor in found if tensor is not None)
-    width = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+def fold(parts: tuple[torch.Tensor, ...], name: str, num_layers: int, shape: ModelShape) -> torch.Tensor:
+    """`Linear(k, m)`, `Tanh`, `Linear(m, width)` over the rows of P_theta `[n, k]`; `parts` as `Names.tensors`.
+
+    `[2 * num_layers, num_kv_heads, n, head_dim]`; `name` is the MLP's in reasons. Raises InvalidArtefactError.
+    """
+    table, w0, b0, w2, b2 = (tensor.float() for tensor in parts)
     sizes = [tuple(t.shape) for t in (table, w0, b0, w2, b2)]
-    if [t.dim() for t in (table, w0, b0, w2, b2)] != [2, 2, 1, 2, 1] or (
+    if [len(size) for size in sizes] != [2, 2, 1, 2, 1] or (
         w0.shape != (w2.shape[1], table.shape[1]) or b0.shape[0] != w0.shape[0] or w2.shape[0] != b2.shape[0]
     ):
         raise InvalidArtefactError(f"P_theta [n, k] and its MLP (k to m to width) do not fit each other: {sizes}")
+    width = 2 * num_layers * shape.num_kv_heads * shape.head_dim
     if w2.shape[0] != width:
         raise InvalidArtefactError(
-            f"{mlp}.2.weight: width must be {width} (2 * {shape.num_layers} layers * {shape.num_kv_heads} KV heads * "
+            f"{name}.2.weight: width must be {width} (2 * {num_layers} layers * {shape.num_kv_heads} KV heads * "
             f"{shape.head_dim}), got {w2.shape[0]}"
         )
     folded = torch.nn.functional.linear(torch.tanh(torch.nn.functional.linear(table, w0, b0)), w2, b2)
-    slots = folded.view(-1, 2 * shape.num_layers, shape.num_kv_heads, shape.head_dim).permute(1, 2, 0, 3).contiguous()
-    prefix = Prefix("kv", layers={i: (slots[2 * i], slots[2 * i + 1]) for i in range(shape.num_layers)})
-    validate(prefix, shape)
-    return prefix
+    return split_slots(folded, num_layers, shape)
 
 
-def _ending(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
-    """The tensor of that name, whatever module it sits in."""
-    found = [tensor for key, tensor in tensors.items() if key == name or key.endswith("." + name)]
-    return found[0] if len(found) == 1 else None
+def split_slots(table: torch.Tensor, num_layers: int, shape: ModelShape) -> torch.Tensor:
+    """`[n, 2 * num_layers * num_kv_heads * head_dim]` as `[2 * num_layers, num_kv_heads, n, head_dim]`."""
+    slots = table.view(table.shape[0], 2 * num_layers, shape.num_kv_heads, shape.head_dim)
+    return slots.permute(1, 2, 0, 3).contiguous()

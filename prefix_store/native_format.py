@@ -7,13 +7,12 @@ import json
 import re
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.prefix import PARTS, ModelShape, Prefix
-from prefix_store.safetensors_header import Header, max_header_bytes, read_header
-from prefix_store.validation import validate
+from prefix_store.safetensors_header import Header, load_tensors, max_header_bytes, read_header
+from prefix_store.validation import check_architecture, validate
 
 FORMAT = "prefixserve/1"
 LAYER_NAME = re.compile(r"(?:(encoder|decoder|cross)\.)?layers\.(0|[1-9][0-9]{0,4})\.(key|value)")
@@ -35,7 +34,9 @@ def read_native(body: bytes, shape: ModelShape) -> Prefix:
     header = read_header(body, max_header_bytes(2 * shape.num_layers + shape.num_encoder_layers))
     metadata = _checked_metadata(header)
     names = set(header.tensors)
-    is_seq2seq = any(name.startswith(tuple(f"{part}." for part in PARTS)) for name in names)
+    of_parts = {name for name in names if name.startswith(tuple(f"{part}." for part in PARTS))}
+    is_seq2seq = bool(of_parts) and (shape.is_encoder_decoder or of_parts == names)
+    check_architecture(is_seq2seq, shape)
     fields: dict[str, Any] = {
         "placement": metadata.get("placement", "prefix"),
         "separator": _separator(metadata.get("separator")),
@@ -48,11 +49,11 @@ def read_native(body: bytes, shape: ModelShape) -> Prefix:
         if names != {expected}:
             raise InvalidArtefactError(f"a soft prompt has one tensor, {expected}; got {_some(names)}")
         _check_sizes_before_load(header, shape)
-        prefix = Prefix("soft", embeddings=safetensors.torch.load(body)[expected], **fields)
+        prefix = Prefix("soft", embeddings=load_tensors(body)[expected], **fields)
     else:
         _check_layer_names(names, is_seq2seq, shape)
         _check_sizes_before_load(header, shape)
-        tensors = safetensors.torch.load(body)
+        tensors = load_tensors(body)
         found: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {part: {} for part in PARTS}
         for name in sorted(names):
             part, layer, which = _layer_name(name)
@@ -106,17 +107,18 @@ def _checked_metadata(header: Header) -> dict[str, str]:
     metadata = dict(header.metadata)
     if metadata.get("format") != FORMAT:
         raise InvalidArtefactError(
-            f"__metadata__.format must be {FORMAT!r}, got {metadata.get('format')!r} (a PEFT file needs its "
+            f"__metadata__.format must be {FORMAT!r}, got {_quoted(metadata.get('format'))} (a PEFT file needs its "
             "adapter_config.json: send both as multipart)"
         )
     if metadata.get("kind") not in ("kv", "soft"):
-        raise InvalidArtefactError(f"__metadata__.kind must be 'kv' or 'soft', got {metadata.get('kind')!r}")
+        raise InvalidArtefactError(f"__metadata__.kind must be 'kv' or 'soft', got {_quoted(metadata.get('kind'))}")
     unknown = set(metadata) - METADATA_KEYS
     if unknown:
         raise InvalidArtefactError(f"__metadata__ has {_some(unknown)}; known are {', '.join(sorted(METADATA_KEYS))}")
     for key in ("base_model", "fingerprint"):
-        if len(metadata.get(key, "")) > MAX_TEXT:
-            raise InvalidArtefactError(f"__metadata__.{key} must be <= {MAX_TEXT} characters")
+        text = metadata.get(key, "")
+        if len(text) > MAX_TEXT or not text.isprintable():
+            raise InvalidArtefactError(f"__metadata__.{key} must be <= {MAX_TEXT} printable characters")
     return metadata
 
 
@@ -140,9 +142,9 @@ def _check_layer_names(names: set[str], is_seq2seq: bool, shape: ModelShape) -> 
     wrong = {name for name, match in matches.items() if match is None or (match[1] is not None) != is_seq2seq}
     if wrong:
         where = "(encoder|decoder|cross).layers.N" if is_seq2seq else "layers.N"
+        last = max(shape.num_layers, shape.num_encoder_layers) - 1
         raise InvalidArtefactError(
-            f"a KV prefix has {where}.key and {where}.value only (N from 0 to {shape.num_layers - 1}); "
-            f"got {_some(wrong)}"
+            f"a KV prefix has {where}.key and {where}.value only (N from 0 to {last}); got {_some(wrong)}"
         )
     for name in sorted(names):
         stem, _, which = name.rpartition(".")
@@ -163,6 +165,10 @@ def _check_sizes_before_load(header: Header, shape: ModelShape) -> None:
             fits = len(tensor.shape) == 3 and (tensor.shape[0], tensor.shape[2]) == sizes
         if not fits:
             raise InvalidArtefactError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
+
+
+def _quoted(text: str | None) -> str:
+    return repr(text if text is None else text[:100])
 
 
 def _some(names: set[str]) -> str:

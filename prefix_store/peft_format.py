@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from prefix_store.bounded_json import read_json_object
 from prefix_store.errors import InvalidArtefactError
-from prefix_store.prefix import ModelShape, Prefix
-from prefix_store.safetensors_header import Header, max_header_bytes, read_header
+from prefix_store.fold import split_slots
+from prefix_store.prefix import Layers, ModelShape, Prefix
+from prefix_store.safetensors_header import Header, load_tensors, max_header_bytes, read_header
 from prefix_store.validation import check_rank, check_values, validate
 
 SOFT_TYPES = ("PROMPT_TUNING", "P_TUNING", "CPT")
 KV_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 MULTITASK = "MULTITASK_PROMPT_TUNING"
+TASKS_WITHOUT_TEXT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 MAX_CONFIG_BYTES = 64 * 1024
 
 
@@ -38,16 +39,13 @@ def read_peft(config: bytes, weights: bytes, shape: ModelShape, index: int | Non
     if index is not None and peft_type != MULTITASK:
         raise InvalidArtefactError(f"index picks a task of a {MULTITASK} file, this is {peft_type}")
     _check_shapes(fields, header, shape)
-    tensors = safetensors.torch.load(weights)
+    tensors = load_tensors(weights)
     for name, tensor in tensors.items():
         check_values(name, tensor, shape.dtype)
     table = tensors["prompt_embeddings"]
     base_model = fields.get("base_model_name_or_path") or None
     if peft_type in KV_TYPES:
-        slots = table.view(table.shape[0], 2 * shape.num_layers, shape.num_kv_heads, shape.head_dim)
-        slots = slots.permute(1, 2, 0, 3).contiguous()
-        places = [_key_and_value(i, shape) for i in range(shape.num_layers)]
-        layers = {i: (slots[key], slots[value]) for i, (key, value) in enumerate(places)}
+        layers = decoder_layers(split_slots(table, shape.num_layers, shape), shape)
         prefix = Prefix("kv", layers=layers, is_seq2seq=shape.is_encoder_decoder, base_model=base_model)
     else:
         if peft_type == MULTITASK:
@@ -78,46 +76,52 @@ def _checked_config(config: bytes) -> dict[str, Any]:
         )
     if fields.get("modules_to_save"):
         raise InvalidArtefactError(
-            f"modules_to_save must be empty, got {str(fields['modules_to_save'])[:100]}: right answers would need "
+            f"modules_to_save must be empty, got {repr(fields['modules_to_save'])[:100]}: right answers would need "
             "trained weights of the model itself"
         )
     if _has_remote_code(fields):
         raise InvalidArtefactError("trust_remote_code must be false everywhere, got true")
-    task_type = fields.get("task_type")
-    if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"):
-        raise InvalidArtefactError(
-            f"task_type must be CAUSAL_LM, got {task_type}: train it as CAUSAL_LM and serve it with /score"
-        )
-    if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        raise InvalidArtefactError(f"task_type must be CAUSAL_LM or SEQ_2_SEQ_LM, got {str(task_type)[:60]!r}")
     base = fields.get("base_model_name_or_path")
-    if base is not None and (not isinstance(base, str) or len(base) > 500):
-        raise InvalidArtefactError("base_model_name_or_path must be a text of at most 500 characters")
+    if base is not None and (not isinstance(base, str) or len(base) > 500 or not base.isprintable()):
+        raise InvalidArtefactError("base_model_name_or_path must be a text of at most 500 printable characters")
     return fields
 
 
 def _check_task_type(fields: dict[str, Any], shape: ModelShape) -> None:
-    expected = "SEQ_2_SEQ_LM" if shape.is_encoder_decoder else "CAUSAL_LM"
-    if fields.get("task_type") not in (None, expected):
-        kind = "an encoder-decoder" if shape.is_encoder_decoder else "decoder-only"
-        raise InvalidArtefactError(
-            f"task_type must be {expected}, got {fields['task_type']}: the served model is {kind}"
-        )
+    expected, other = "CAUSAL_LM", "SEQ_2_SEQ_LM"
+    if shape.is_encoder_decoder:
+        expected, other = other, expected
+    task_type = fields.get("task_type")
+    if task_type in (None, expected):
+        return
+    reason = ""
+    if task_type == other:
+        reason = f": the served model is {'an encoder-decoder' if shape.is_encoder_decoder else 'decoder-only'}"
+    elif task_type in TASKS_WITHOUT_TEXT:
+        reason = f": train it as {expected} and serve it with /score"
+    raise InvalidArtefactError(f"task_type must be {expected}, got {str(task_type)[:60]!r}{reason}")
 
 
-def _key_and_value(layer: int, shape: ModelShape) -> tuple[int, int]:
-    """The slots of a layer's key and value. For an encoder-decoder PEFT doubles the list of 2L slots and splits it
-    by 4, and gives the first two of each four to the decoder's self-attention."""
-    if not shape.is_encoder_decoder:
-        return 2 * layer, 2 * layer + 1
-    num_slots = 2 * shape.num_layers
-    return 4 * layer % num_slots, (4 * layer + 1) % num_slots
+def decoder_layers(slots: torch.Tensor, shape: ModelShape) -> Layers:
+    """What PEFT makes of `[2 * num_layers, num_kv_heads, n, head_dim]`: for an encoder-decoder it doubles the list of
+    slots and splits it by 4, and gives the first two of each four to the decoder's self-attention."""
+    step = 4 if shape.is_encoder_decoder else 2
+    keys = [step * layer % len(slots) for layer in range(shape.num_layers)]
+    return {layer: (slots[key], slots[key + 1]) for layer, key in enumerate(keys)}
 
 
-def _has_remote_code(value: Any) -> bool:
-    if isinstance(value, dict):
-        return bool(value.get("trust_remote_code")) or any(_has_remote_code(child) for child in value.values())
-    return isinstance(value, list) and any(_has_remote_code(child) for child in value)
+def _has_remote_code(fields: dict[str, Any]) -> bool:
+    """At any depth: a config nests as deeply as its bytes allow, so what is still to be seen is a list."""
+    unseen: list[Any] = [fields]
+    while unseen:
+        value = unseen.pop()
+        if isinstance(value, dict):
+            if value.get("trust_remote_code"):
+                return True
+            unseen.extend(value.values())
+        elif isinstance(value, list):
+            unseen.extend(value)
+    return False
 
 
 def _check_shapes(fields: dict[str, Any], header: Header, shape: ModelShape) -> None:
@@ -129,9 +133,9 @@ def _check_shapes(fields: dict[str, Any], header: Header, shape: ModelShape) -> 
     # Of an encoder-decoder a soft prompt's file has rows for both stacks.
     num_stacks = 2 if shape.is_encoder_decoder and fields["peft_type"] not in KV_TYPES else 1
     if found[0] % num_stacks or (n is not None and (type(n) is not int or found[0] != num_stacks * n)):
+        stacks = "" if num_stacks == 1 else " for encoder and decoder each"
         raise InvalidArtefactError(
-            f"prompt_embeddings: num_virtual_tokens is {str(n)[:40]}, for {num_stacks} stacks; "
-            f"the tensor has {found[0]} rows"
+            f"prompt_embeddings: num_virtual_tokens is {repr(n)[:40]}{stacks}, the tensor has {found[0]} rows"
         )
     if fields["peft_type"] not in KV_TYPES:
         if found[1] != shape.hidden_size:
@@ -166,4 +170,7 @@ def _pick_task(table: torch.Tensor, cols: torch.Tensor, rows: torch.Tensor, inde
         index = 0
     if index is None or not 0 <= index < cols.shape[0]:
         raise InvalidArtefactError(f"index must be 0 to {cols.shape[0] - 1} for this multitask file, got {index}")
-    return table * (cols[index] @ rows[index])
+    factors = (table, cols[index], rows[index])
+    if len({tensor.dtype for tensor in factors}) > 1 or table.dtype.itemsize == 1:
+        factors = (table.float(), cols[index].float(), rows[index].float())  # torch mixes no dtypes; float8 has no room
+    return factors[0] * (factors[1] @ factors[2])

@@ -1,4 +1,7 @@
-"""The gate before safetensors: a header is read with bounds of our own and must describe the file to the last byte."""
+"""The gate before safetensors: a header is read with bounds of our own and must describe the file to the last byte.
+
+Names and dtypes come from strangers: reasons have them as `repr` writes them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
 from prefix_store.bounded_json import read_json_object
 from prefix_store.errors import InvalidArtefactError
 
 MAX_HEADER_BYTES = 64 * 1024
+OTHER_FORMATS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, pickle
 # safetensors' names of the floating dtypes, with their bytes a value
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -39,12 +47,12 @@ def max_header_bytes(num_layers: int) -> int:
 
 def read_header(body: bytes, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     """The checked header of a safetensors file. Raises InvalidArtefactError."""
-    if body[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise InvalidArtefactError("expected a safetensors file, got a zip or a pickle; save it with safetensors")
     if len(body) < 8:
         raise InvalidArtefactError(f"expected a safetensors file, got {len(body)} bytes")
     num_bytes = int.from_bytes(body[:8], "little")
     if num_bytes > max_bytes:
+        if body.startswith(OTHER_FORMATS):  # asked here alone: a length within the bound may begin like them
+            raise InvalidArtefactError("expected a safetensors file, got a zip or a pickle; save it with safetensors")
         raise InvalidArtefactError(f"the safetensors header must be <= {max_bytes} bytes, it claims {num_bytes}")
     if num_bytes > len(body) - 8:
         raise InvalidArtefactError(
@@ -60,7 +68,7 @@ def read_header(body: bytes, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     position = 0
     for tensor in sorted(tensors.values(), key=lambda t: t.start):
         if tensor.start != position:
-            raise InvalidArtefactError(f"{tensor.name}: expected data from byte {position}, got {tensor.start}")
+            raise InvalidArtefactError(f"{tensor.name[:100]!r}: expected data from byte {position}, got {tensor.start}")
         position = tensor.end
     found = len(body) - 8 - num_bytes
     if found < position:
@@ -70,22 +78,31 @@ def read_header(body: bytes, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     return Header(tensors, metadata)
 
 
+def load_tensors(body: bytes) -> dict[str, torch.Tensor]:
+    """The tensors of a file whose header `read_header` has let through. Raises InvalidArtefactError."""
+    try:
+        return safetensors.torch.load(body)
+    except SafetensorError as error:  # stricter than we are about a header's JSON
+        raise InvalidArtefactError(f"safetensors does not read the file: {str(error)[:200]}") from error
+
+
 def _tensor(name: str, entry: Any) -> TensorHeader:
+    where = repr(name[:100])
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise InvalidArtefactError(f"{name[:100]}: expected dtype, shape and data_offsets")
+        raise InvalidArtefactError(f"{where}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in FLOAT_BYTES:
         raise InvalidArtefactError(
-            f"{name[:100]}: dtype must be floating ({', '.join(FLOAT_BYTES)}), got {str(dtype)[:20]}"
+            f"{where}: dtype must be floating ({', '.join(FLOAT_BYTES)}), got {repr(dtype)[:40]}"
         )
     if not _are_counts(shape) or not 1 <= len(shape) <= 4 or 0 in shape:
-        raise InvalidArtefactError(f"{name[:100]}: expected 1 to 4 dimensions of at least 1, got {str(shape)[:100]}")
+        raise InvalidArtefactError(f"{where}: expected 1 to 4 dimensions of at least 1, got {repr(shape)[:100]}")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise InvalidArtefactError(f"{name[:100]}: data_offsets must be two numbers, got {str(offsets)[:100]}")
+        raise InvalidArtefactError(f"{where}: data_offsets must be two numbers, got {repr(offsets)[:100]}")
     start, end = offsets
     expected = math.prod(shape) * FLOAT_BYTES[dtype]
     if end - start != expected:
-        raise InvalidArtefactError(f"{name[:100]}: {dtype} {shape} takes {expected} bytes, its offsets {end - start}")
+        raise InvalidArtefactError(f"{where}: {dtype} {shape} takes {expected} bytes, its offsets {end - start}")
     return TensorHeader(name, dtype, tuple(shape), start, end)
 
 

@@ -12,6 +12,7 @@ MAX_MAGNITUDE = 65_504.0  # the largest fp16
 
 def validate(prefix: Prefix, shape: ModelShape) -> None:
     """Raises InvalidArtefactError naming the tensor, what was expected and what came."""
+    check_architecture(prefix.is_seq2seq, shape)
     _check_place(prefix, shape)
     if prefix.embeddings is not None:
         check_rank("embeddings", prefix.embeddings, 2, "[num_virtual_tokens, hidden_size]")
@@ -28,19 +29,23 @@ def validate(prefix: Prefix, shape: ModelShape) -> None:
         raise InvalidArtefactError(f"num_virtual_tokens must be 1 to {limit}, got 0")
 
 
-def _check_place(prefix: Prefix, shape: ModelShape) -> None:
-    if prefix.is_seq2seq != shape.is_encoder_decoder:
+def check_architecture(is_seq2seq: bool, shape: ModelShape) -> None:
+    """Raises InvalidArtefactError for a decoder-only model's artefact on an encoder-decoder, and the reverse."""
+    if is_seq2seq != shape.is_encoder_decoder:
         kinds = ("a decoder-only model", "an encoder-decoder")
         raise InvalidArtefactError(
             f"expected a prefix for {kinds[shape.is_encoder_decoder]} ({shape.model_name}), "
-            f"got one for {kinds[prefix.is_seq2seq]}"
+            f"got one for {kinds[is_seq2seq]}"
         )
+
+
+def _check_place(prefix: Prefix, shape: ModelShape) -> None:
     if prefix.placement == "prefix":
         if prefix.separator is not None:
             raise InvalidArtefactError("separator belongs to a KV infix, this is a prefix")
         return
     if prefix.placement != "infix":
-        raise InvalidArtefactError(f"placement must be 'prefix' or 'infix', got {prefix.placement!r}")
+        raise InvalidArtefactError(f"placement must be 'prefix' or 'infix', got {prefix.placement[:40]!r}")
     if shape.is_encoder_decoder:
         raise InvalidArtefactError(
             "an infix needs a decoder-only model: in an encoder-decoder the decoder's prefix stands between x and y"
@@ -72,8 +77,11 @@ def _check_layers(where: str, layers: Layers, shape: ModelShape, *, encoder: boo
 
 
 def check_rank(name: str, tensor: torch.Tensor, rank: int, meaning: str) -> None:
-    if tensor.dim() != rank:
-        raise InvalidArtefactError(f"{name}: expected {rank} dimensions {meaning}, got {list(tensor.shape)}")
+    """Also that there is no dimension of size 0. Raises InvalidArtefactError."""
+    if tensor.dim() != rank or 0 in tensor.shape:
+        raise InvalidArtefactError(
+            f"{name}: expected {rank} dimensions {meaning} of at least 1, got {list(tensor.shape)}"
+        )
 
 
 def check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
@@ -83,9 +91,10 @@ def check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         raise InvalidArtefactError(f"{name}: all values must be finite, got NaN or infinity")
     largest = float(exact.abs().max())
     if largest > MAX_MAGNITUDE:
-        raise InvalidArtefactError(f"{name}: magnitudes must be <= {MAX_MAGNITUDE:g}, got {largest:g}")
-    if not bool(torch.isfinite(exact.to(dtype)).all()):
-        raise InvalidArtefactError(f"{name}: all values must stay finite as {dtype}, {largest:g} does not")
+        raise InvalidArtefactError(f"{name}: magnitudes must be <= {MAX_MAGNITUDE:.9g}, got {largest:.9g}")
+    # as float again: not every floating dtype knows isfinite
+    if not bool(torch.isfinite(exact.to(dtype).float()).all()):
+        raise InvalidArtefactError(f"{name}: all values must stay finite as {dtype}, {largest:.9g} does not")
 
 
 def _check_size(name: str, what: str, found: int, expected: int) -> None:

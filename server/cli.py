@@ -243,7 +243,7 @@ def inspect(
 def fold(path: Path, output: Path, model: ModelOption = None, as_json: AsJson = False) -> None:
     """Fold an unfolded checkpoint (P_theta and its MLP) at PATH into the native file OUTPUT."""
     with plain_errors():
-        from prefix_store.fold import fold_file
+        from prefix_store.converters.convert import fold_file
         from prefix_store.native_format import digest_of, write_native
         from server.inspection import model_shape
 

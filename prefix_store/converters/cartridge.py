@@ -13,6 +13,7 @@ import torch
 from prefix_store.converters.weights_file import SavedList, plain_tensor
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.prefix import ModelShape, Prefix
+from prefix_store.validation import check_architecture
 
 # The lists of frozen tokens were called fixed_* until July 2025.
 FROZEN_NAMES = ("frozen", "fixed")
@@ -24,10 +25,11 @@ def is_cartridge(found: object) -> TypeGuard[dict[str, object]]:
 
 def read_cartridge(found: dict[str, object], shape: ModelShape) -> Prefix:
     """Each tensor is `[1, num_kv_heads, num_tokens, head_dim]`. Raises InvalidArtefactError."""
+    check_architecture(False, shape)
     frozen = next((name for name in FROZEN_NAMES if f"{name}_keys" in found), FROZEN_NAMES[0])
     names = {f"{kind}_{part}" for kind in ("trainable", frozen) for part in ("keys", "values")}
     if set(found) != names:
-        got = ", ".join(str(name)[:40] for name in list(found)[:8])
+        got = ", ".join(repr(name)[:40] for name in list(found)[:8])
         raise InvalidArtefactError(f"a cartridge has {', '.join(sorted(names))} (or fixed_* for frozen_*); got {got}")
     lists = {name: _tensors(name, found[name], shape) for name in names}
     for name, tensors in lists.items():
@@ -70,6 +72,6 @@ def _parameters(name: str, state: object) -> list[object]:
         raise InvalidArtefactError(f"{name}: expected a ParameterList, got none of its parameters")
     expected = [str(i) for i in range(len(entries))]
     if sorted(entries, key=str) != sorted(expected):
-        got = ", ".join(str(key)[:20] for key in list(entries)[:8])
+        got = ", ".join(repr(key)[:20] for key in list(entries)[:8])
         raise InvalidArtefactError(f"{name}: expected parameters 0 to {len(entries) - 1}, got {got}")
     return [entries[key] for key in expected]

@@ -1,4 +1,4 @@
-"""Google's prompt-tuning: one `.npy` array of input embeddings (Lester et al., 2021)."""
+"""Google's prompt-tuning: one `.npy` array of input embeddings, of T5 the encoder's (Lester et al., 2021)."""
 
 from __future__ import annotations
 
@@ -46,4 +46,4 @@ def read_numpy_prompt(path: Path, shape: ModelShape) -> Prefix:
         file.seek(0)
         array = numpy.load(file, allow_pickle=False)
     native = numpy.ascontiguousarray(array.reshape(sizes), dtype=dtype.newbyteorder("="))
-    return Prefix("soft", embeddings=torch.from_numpy(native))
+    return Prefix("soft", embeddings=torch.from_numpy(native), is_seq2seq=shape.is_encoder_decoder)

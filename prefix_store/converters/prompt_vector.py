@@ -19,16 +19,22 @@ def is_prompt_vector(found: object) -> bool:
 
 
 def read_prompt_vector(name: str, found: object, shape: ModelShape) -> Prefix:
-    """`[n, hidden]`; `encoder.pt` belongs to the encoder of an encoder-decoder. Raises InvalidArtefactError."""
-    if name == ENCODER:
+    """`[n, hidden]`, of an encoder-decoder `encoder.pt` alone. Raises InvalidArtefactError."""
+    if name == ENCODER and not shape.is_encoder_decoder:
         raise encoder_decoder_error(f"{ENCODER} is the soft prompt of an encoder")
+    if name != ENCODER and shape.is_encoder_decoder:
+        raise InvalidArtefactError(
+            f"expected {ENCODER}, the soft prompt before the encoder's text, got {name}: {shape.model_name} is an "
+            "encoder-decoder, and soft prompts on its decoder are not served"
+        )
     tensor = plain_tensor(name, next(iter(found.values())) if isinstance(found, dict) else found)
     if tensor.dim() != 2 or tensor.shape[1] != shape.hidden_size:
         raise InvalidArtefactError(
             f"{name}: expected [num_virtual_tokens, {shape.hidden_size}], got {list(tensor.shape)}"
         )
     # cloned: caikit saves a slice, and the rows behind it come along
-    return Prefix("soft", embeddings=tensor.clone(memory_format=torch.contiguous_format))
+    embeddings = tensor.clone(memory_format=torch.contiguous_format)
+    return Prefix("soft", embeddings=embeddings, is_seq2seq=shape.is_encoder_decoder)
 
 
 def encoder_decoder_error(what: str) -> InvalidArtefactError:

@@ -62,6 +62,7 @@ def read_weights_file(path: Path) -> object:
 
 def plain_tensor(name: str, found: object) -> torch.Tensor:
     """The floating tensor itself, no larger than the bytes that were read for it. Raises InvalidArtefactError."""
+    name = name if name.isprintable() and len(name) <= 100 else repr(name[:100])  # a name out of the file
     if not isinstance(found, torch.Tensor):
         raise InvalidArtefactError(f"{name}: expected a tensor, got {type(found).__name__}")
     tensor = torch.Tensor.detach(found)

@@ -336,7 +336,7 @@ def test_list_with_doctored_state_is_refused(tmp_path: Path) -> None:
     doctored._parameters["7"] = doctored._parameters.pop("1")
     refused(
         saved(tmp_path / "cartridge.pt", cartridge() | {"trainable_keys": doctored}),
-        "trainable_keys: expected parameters 0 to 2, got 0, 2, 7",
+        "trainable_keys: expected parameters 0 to 2, got '0', '2', '7'",
     )
     doctored.__dict__["_parameters"] = None
     refused(
@@ -421,12 +421,12 @@ def test_prefix_tuning_with_a_deeper_mlp_is_refused(tmp_path: Path) -> None:
     # the middle layer would fit as the last one where its width happens to be the prefix's
     deeper = {"control_trans.4.weight": random(WIDTH, WIDTH), "control_trans.4.bias": random(WIDTH)}
     path = saved(tmp_path / "pytorch_model.bin", mlp() | deeper)
-    refused(path, "expected an MLP of two linear layers (0 and 2), got a deeper one: control_trans.4.weight")
+    refused(path, "expected an MLP of two linear layers (0 and 2), got a deeper one: 'control_trans.4.bias'")
 
 
 def test_prefix_tuning_without_its_mlp_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "pytorch_model.bin", {"control_trans": random(N * WIDTH)})
-    refused(path, "or wte.weight with control_trans.0/2.* (Li and Liang), got control_trans")
+    refused(path, "or wte.weight with control_trans.0/2.* (Li and Liang), got 'control_trans'")
 
 
 def test_prefix_tuning_for_another_model_is_refused(tmp_path: Path) -> None:
@@ -495,7 +495,11 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("found", [7, "text", [1, 2], {}, {"a": 1}, {"a": torch.ones(2), "b": torch.ones(2)}])
 def test_other_content_is_refused_with_what_came(tmp_path: Path, found: object) -> None:
     path = saved(tmp_path / "decoder.pt", found)
-    came = f"a dict with {', '.join(found) or 'nothing in it'}" if isinstance(found, dict) else type(found).__name__
+    came = (
+        f"a dict with {', '.join(map(repr, found)) or 'nothing in it'}"
+        if isinstance(found, dict)
+        else type(found).__name__
+    )
     refused(path, "decoder.pt: expected a .npy prompt, a prompt vector (one tensor)", f"got {came}")
 
 
@@ -545,4 +549,4 @@ def test_native_and_peft_files_need_no_converting(tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     for name in ("embeddings", "prompt_embeddings"):
         safetensors.torch.save_file({name: random(N, HIDDEN)}, path)
-        refused(path, "expected a PrefixTuning checkpoint", f"got {name}; native and PEFT files need no converting")
+        refused(path, "expected a PrefixTuning checkpoint", f"got {name!r}; native and PEFT files need no converting")

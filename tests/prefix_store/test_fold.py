@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from prefix_store.converters.convert import fold_file
+from prefix_store.converters.mlp_checkpoint import read_mlp_checkpoint as fold
 from prefix_store.errors import InvalidArtefactError
-from prefix_store.fold import fold, fold_file
 from prefix_store.prefix import ModelShape, Prefix
 
 LAYERS, HEADS, DIM, HIDDEN, N, MIDDLE = 3, 2, 4, 12, 5, 7
@@ -124,11 +125,11 @@ def test_checkpoint_in_half_precision_is_folded_in_single() -> None:
 def test_missing_tensor_is_refused(names: tuple[str, str], part: int) -> None:
     tensors = checkpoint(names)
     del tensors[list(tensors)[part]]
-    refused(tensors, "expected embedding.weight with transform.0/2.* (PEFT) or wte.weight with control_trans", "got ")
+    refused(tensors, "expected embedding.weight with transform.0/2.* (PEFT) or wte.weight with control_trans", "got '")
 
 
 def test_two_tensors_of_one_name_are_refused() -> None:
-    refused(checkpoint(PEFT_NAMES, "a.") | checkpoint(PEFT_NAMES, "b."), "expected embedding.weight", "got a.")
+    refused(checkpoint(PEFT_NAMES, "a.") | checkpoint(PEFT_NAMES, "b."), "expected embedding.weight", "got 'a.")
 
 
 def test_other_model_is_refused() -> None:
@@ -175,39 +176,61 @@ class Trap:
 
 def test_checkpoint_with_code_is_refused_unrun(tmp_path: Path) -> None:
     torch.save(checkpoint(PEFT_NAMES) | {"more": Trap(tmp_path / "ran")}, tmp_path / "model.bin")
-    with pytest.raises(InvalidArtefactError, match=r"model.bin is not a file of weights alone: "):
+    with pytest.raises(InvalidArtefactError, match=r"model.bin: expected weights alone, got a pickle that names posix"):
         fold_file(tmp_path / "model.bin", SHAPE)
     assert not (tmp_path / "ran").exists()
 
 
 def test_checkpoint_without_names_is_refused(tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "model.bin")
-    with pytest.raises(InvalidArtefactError, match=r"model.bin must hold named tensors, got Tensor"):
+    with pytest.raises(InvalidArtefactError, match=r"model.bin: expected named tensors, got Tensor"):
         fold_file(tmp_path / "model.bin", SHAPE)
 
 
-# Not refused as they should be yet: tensors that show another kind of checkpoint are passed over.
-
-
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize(
-    "more",
+    ("more", "text"),
     [
-        {"control_trans.4.weight": torch.zeros(WIDTH, WIDTH), "control_trans.4.bias": torch.zeros(WIDTH)},
-        {"wte2.weight": torch.zeros(N, HIDDEN)},
-        {"wte_enc.weight": torch.zeros(N, HIDDEN), "control_trans_enc.0.weight": torch.zeros(MIDDLE, HIDDEN)},
+        (
+            {"control_trans.4.weight": torch.zeros(WIDTH, WIDTH), "control_trans.4.bias": torch.zeros(WIDTH)},
+            "expected an MLP of two linear layers (0 and 2), got a deeper one: 'control_trans.4.bias'",
+        ),
+        ({"wte2.weight": torch.zeros(N, HIDDEN)}, "expected a prefix checkpoint, got an infix one: it has wte2.weight"),
+        (
+            {"wte_enc.weight": torch.zeros(N, HIDDEN), "control_trans_enc.0.weight": torch.zeros(MIDDLE, HIDDEN)},
+            "expected an artefact of a decoder-only model, got an encoder-decoder's",
+        ),
     ],
     ids=["deeper", "infix", "encoder"],
 )
-def test_checkpoint_of_another_kind_is_refused(more: dict[str, torch.Tensor]) -> None:
-    refused(checkpoint(LI_LIANG_NAMES) | more, "expected")
+def test_checkpoint_of_another_kind_is_refused(tmp_path: Path, more: dict[str, torch.Tensor], text: str) -> None:
+    tensors = checkpoint(LI_LIANG_NAMES) | more
+    refused(tensors, text)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        with pytest.raises(InvalidArtefactError) as caught:
+            fold_file(tmp_path / name, SHAPE)
+        assert text in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError)
+def test_deeper_mlp_under_pefts_names_is_refused() -> None:
+    refused(checkpoint(PEFT_NAMES) | {"transform.4.weight": torch.zeros(WIDTH, WIDTH)}, "got a deeper one")
+
+
 def test_empty_table_is_refused() -> None:
-    refused(checkpoint(PEFT_NAMES) | {"embedding.weight": torch.zeros(0, HIDDEN)}, "got ")
+    wrong = checkpoint(PEFT_NAMES) | {"embedding.weight": torch.zeros(0, HIDDEN)}
+    refused(wrong, "embedding.weight: expected dimensions of at least 1, got [0, 12]")
 
 
-@pytest.mark.xfail(strict=True)
 def test_checkpoint_of_numbers_that_are_not_floating_is_refused() -> None:
     refused({name: tensor.long() for name, tensor in checkpoint(PEFT_NAMES).items()}, "got torch.int64")
+
+
+def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    tensors = {"embeddings": torch.zeros(N, HIDDEN), "\n": torch.zeros(1)}
+    refused(tensors, "expected embedding.weight with transform.0/2.* (PEFT)", "got '\\n', 'embeddings'")
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x02}q\x00" + bytes(99))
+    with pytest.raises(InvalidArtefactError, match=r"expected a safetensors file, got a zip or a pickle"):
+        fold_file(tmp_path / "model.safetensors", SHAPE)
+    with pytest.raises(InvalidArtefactError, match=r"expected a file of weights, found nothing at"):
+        fold_file(tmp_path / "missing.bin", SHAPE)
