@@ -7,9 +7,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from prefix_store.admission import check_name, match_base
 from prefix_store.blobs import Blobs
 from prefix_store.ensemble import Ensemble, Member
-from prefix_store.errors import BaseMismatchError, IncompatibleError, InvalidArtefactError, NotFoundError
+from prefix_store.errors import IncompatibleError, InvalidArtefactError, NotFoundError
 from prefix_store.names import is_task_name, is_version, parse_ref
 from prefix_store.native_format import digest_of, read_native, write_native
 from prefix_store.peft_format import read_peft
@@ -59,22 +60,7 @@ class PrefixStore:
 
     def match_base(self, prefix: Prefix, accept_base: bool = False) -> str:
         """`verified`, `name-match`, `unverified` or, accepted, `mismatch`. Raises BaseMismatchError."""
-        names = {self._shape.model_name, *self._shape.model_aliases}
-        if prefix.fingerprint is not None:
-            if prefix.fingerprint == self._shape.fingerprint:
-                return "verified"
-            reason = f"trained for fingerprint {prefix.fingerprint[:12]}…, served is {self._shape.fingerprint[:12]}…"
-        elif prefix.base_model is None:
-            return "unverified"
-        elif prefix.base_model in names:
-            return "name-match"
-        elif not _is_owner_and_name(prefix.base_model):
-            return "unverified"
-        else:
-            reason = f"trained for {prefix.base_model!r}, served is {' or '.join(sorted(names))!r}"
-        if not accept_base:
-            raise BaseMismatchError(f"base model: {reason}; ?accept_base=1 stores it all the same")
-        return "mismatch"
+        return match_base(prefix, self._shape, accept_base)
 
     def publish(
         self,
@@ -147,10 +133,7 @@ class PrefixStore:
 
     def check_name(self, task: str) -> None:
         """Raises InvalidArtefactError for a name that a task cannot have."""
-        if not is_task_name(task):
-            raise InvalidArtefactError(f"a task's name must match [a-z0-9][a-z0-9._-]{{0,63}}, got {task[:80]!r}")
-        if task in (self._shape.model_name, *self._shape.model_aliases):
-            raise InvalidArtefactError(f"a task cannot have the model's own name {task!r}")
+        check_name(task, self._shape)
 
     def resolve(self, tenant: str, ref: str) -> Version:
         """The version that `T` or `T@V` means now. Raises NotFoundError, IncompatibleError."""
@@ -252,8 +235,3 @@ def _checked(task: str, version: str) -> str:
     if not is_version(version):
         raise NotFoundError(f"no version {version[:80]!r} of task {task!r}")
     return version
-
-
-def _is_owner_and_name(text: str) -> bool:
-    owner, slash, name = text.partition("/")
-    return bool(slash and owner and name) and "/" not in name and "\\" not in text and owner[0] not in ".~"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
-from prefix_store.blobs import Blobs
+from prefix_store.admission import check_name, match_base
 from prefix_store.errors import BaseMismatchError, InvalidArtefactError
 from prefix_store.local_files import read_path
-from prefix_store.prefix import ModelShape, Prefix
-from prefix_store.sqlite_registry import SqliteRegistry
-from prefix_store.store import PrefixStore
+from prefix_store.prefix import PARTS, Layout, ModelShape, Prefix
 from server.config import Settings
 from server.engine.kv_blocks import block_bytes, prefix_blocks
 from server.engine.model_runner import measure_shape, model_class, native_dtype
@@ -26,7 +21,8 @@ from server.start import DEFAULT_PREFIX_BYTES
 
 @dataclass(frozen=True)
 class Inspection:
-    """`reason` says why it does not fit; what could not be read is None. `base` is as in an upload's manifest."""
+    """`reason` says why it does not fit; what could not be read is None. `base` is as in an upload's manifest; so are
+    `parts`, the virtual tokens of each part of an encoder-decoder's prefix."""
 
     path: str
     model: str
@@ -35,6 +31,9 @@ class Inspection:
     base: str | None = None
     base_model: str | None = None
     kind: str | None = None
+    placement: str | None = None
+    separator: int | None = None
+    parts: dict[str, int] | None = None
     num_virtual_tokens: int | None = None
     num_bytes: int | None = None
     device_bytes: int | None = None
@@ -69,10 +68,9 @@ def inspect(
     base = reason = None
     try:
         prefix = read_path(path, shape, index)
-        with _scratch_store(shape) as store:
-            if task is not None:
-                store.check_name(task)
-            base = store.match_base(prefix, accept_base)
+        if task is not None:
+            check_name(task, shape)
+        base = match_base(prefix, shape, accept_base)
     except BaseMismatchError as error:
         base, reason = "mismatch", str(error)
     except InvalidArtefactError as error:
@@ -91,18 +89,17 @@ def inspect(
         base=base,
         base_model=prefix.base_model,
         kind=prefix.kind,
+        placement=prefix.placement,
+        separator=prefix.separator,
+        parts=parts(prefix.layout, shape),
         num_virtual_tokens=prefix.num_virtual_tokens,
         num_bytes=prefix.num_bytes,
         device_bytes=device_bytes,
     )
 
 
-@contextmanager
-def _scratch_store(shape: ModelShape) -> Iterator[PrefixStore]:
-    """A store of nothing, thrown away: the rules of an upload are its."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = PrefixStore(SqliteRegistry(Path(folder) / "registry.sqlite"), Blobs(Path(folder) / "blobs"), shape)
-        try:
-            yield store
-        finally:
-            store.close()
+def parts(layout: Layout, shape: ModelShape) -> dict[str, int] | None:
+    """Virtual tokens of each part; None for a decoder-only model, which has one."""
+    if not shape.is_encoder_decoder:
+        return None
+    return {part: getattr(layout, f"num_{part}_tokens") for part in PARTS}
