@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,19 +10,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
-from prefix_store.prefix import Prefix
+from prefix_store.prefix import Layers, ModelShape, Prefix
 from server.engine import engine as engine_module
 from server.engine.attention import NAME
-from server.engine.batch import Batch
+from server.engine.batch import AttentionGroup, Batch
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, split_pool
 from server.engine.kv_blocks import KVBlocks
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_families import prepare
+from server.engine.model_runner import ModelRunner, measure_shape, model_class
 from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import PrefixRef, Sequence
-from tests.tiny_models import FAMILIES, HIDDEN, VOCAB, letter_tokenizer
+from server.engine.sequence import Composition, PrefixRef, Sequence
+from tests.tiny_models import FAMILIES, HIDDEN, SEQ2SEQ_FAMILIES, VOCAB, letter_tokenizer
 
 META = torch.device("meta")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -60,31 +61,59 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def make_prefixes(num_layers: int, num_kv_heads: int, head_dim: int) -> dict[str, Prefix]:
-    """On the CPU, where the store loads them."""
-    layers = {i: (torch.randn(num_kv_heads, 5, head_dim), torch.randn(num_kv_heads, 5, head_dim)) for i in range(2)}
-    return {"kv": Prefix("kv", layers=layers), "soft": Prefix("soft", embeddings=torch.randn(3, HIDDEN))}
+def make_prefixes(shape: ModelShape) -> dict[str, Prefix]:
+    """Of every kind, on the CPU, where the store loads them."""
+
+    def kv(n: int, num_layers: int, *layers: int) -> Layers:
+        made = torch.randn(num_layers, 2, shape.num_kv_heads, n, shape.head_dim)
+        return {i: (made[i, 0], made[i, 1]) for i in layers or range(num_layers)}
+
+    if not shape.is_encoder_decoder:
+        return {
+            "kv": Prefix("kv", kv(5, shape.num_layers)),
+            "subset": Prefix("kv", kv(17, shape.num_layers, 1)),
+            "soft": Prefix("soft", embeddings=torch.randn(3, HIDDEN)),
+            "soft infix": Prefix("soft", embeddings=torch.randn(4, HIDDEN), placement="infix"),
+            "kv infix": Prefix("kv", kv(6, shape.num_layers), placement="infix", separator=7),
+        }
+    parts = {"encoder": kv(5, shape.num_encoder_layers), "cross": kv(4, shape.num_layers, 1)}
+    return {
+        "kv": Prefix("kv", kv(3, shape.num_layers), **parts, is_seq2seq=True),
+        "subset": Prefix("kv", kv(17, shape.num_layers, 0), is_seq2seq=True),
+        "soft": Prefix("soft", embeddings=torch.randn(3, HIDDEN), is_seq2seq=True),
+    }
+
+
+def members_of(prefixes: dict[str, Prefix]) -> list[tuple[Composition, ...]]:
+    """Of a request a kind, of a composition, an ensemble and the bare model."""
+    refs = {name: PrefixRef(name, prefix.layout) for name, prefix in prefixes.items()}
+    composed, ensemble = (refs["kv"], refs["subset"]), tuple((ref,) for ref in refs.values())
+    return [*(((ref,),) for ref in refs.values()), (composed,), ensemble, ((),)]
 
 
 def run_steps(family: str) -> int:
     """A mixed batch from loads to last tokens; returns how many operations ran on the device."""
+    config = (FAMILIES | SEQ2SEQ_FAMILIES)[family]()
     with torch.device(META):
-        model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=NAME)
+        model = model_class(config).from_config(config, attn_implementation=NAME)
+    if config.is_encoder_decoder:
+        prepare(model)
     shape = measure_shape(model, "tiny", "none")
-    prefixes = make_prefixes(shape.num_layers, shape.num_kv_heads, shape.head_dim)
-    num_blocks, num_prefix_blocks = split_pool(512, 128)
+    prefixes = make_prefixes(shape)
+    num_blocks, num_prefix_blocks = split_pool(512, 256)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, META))
-    engine = Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=8, max_step_tokens=16)
+    engine = Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=24)
     tokenizer = letter_tokenizer()
     params = [
         SamplingParams(max_new_tokens=4),
         SamplingParams(max_new_tokens=3, do_sample=True, top_k=5, top_p=0.9, seed=1, num_top_logprobs=2),
         SamplingParams(max_new_tokens=3, repetition_penalty=1.3),
     ]
-    for i, (digest, prefix) in enumerate([*prefixes.items(), (None, None)]):
-        members = ((PrefixRef(digest, prefix.layout),),) if digest and prefix else ((),)
-        prompt = [token % VOCAB for token in range(1, 8 + 9 * i)]
-        engine.add(Sequence(f"r{i}", prompt, params[i], Detokenizer(tokenizer), members))
+    requests = members_of(prefixes)
+    for i, members in enumerate(requests):
+        prompt = [token % VOCAB for token in range(1, 8 + 9 * i % 40)]
+        detokenizer = Detokenizer(tokenizer)
+        engine.add(Sequence(f"r{i}", prompt, params[i % 3], detokenizer, members, runner.decoder_start_ids))
     finished = []
     with OneDevice() as mode:
         while engine.has_work:
@@ -93,11 +122,11 @@ def run_steps(family: str) -> int:
                 assert output.token is not None
                 if output.token.finish_reason:
                     finished.append(output.sequence.request_id)
-    assert sorted(finished) == ["r0", "r1", "r2"]
+    assert sorted(finished) == [f"r{i}" for i in range(len(requests))]
     return mode.num_device_operations
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ_FAMILIES])
 def test_a_step_keeps_to_its_device(family: str) -> None:
     assert run_steps(family) > 100
 
@@ -111,19 +140,41 @@ OF_BATCH = ("input_ids", "position_ids", "slot_mapping", "logits_index")
 OF_GROUP = ("block_index", "query_index", "out_index", "key_positions")
 
 
+def planted_in_groups(groups: list[AttentionGroup], name: str) -> list[AttentionGroup]:
+    return [replace(group, **{name: on_cpu(getattr(group, name))}) for group in groups]
+
+
 def plant(batch: Batch, name: str) -> Batch:
     if name in OF_GROUP:
-        groups = [replace(group, **{name: on_cpu(getattr(group, name))}) for group in batch.groups]
-        return replace(batch, groups=groups)
+        return replace(batch, groups=planted_in_groups(batch.groups, name))
     return replace(batch, **{name: on_cpu(getattr(batch, name))})
+
+
+def check_caught(plant_in: Callable[[Batch], Batch], family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine_module.batch_of
+    monkeypatch.setattr(engine_module, "batch_of", lambda *args: plant_in(made(*args)))
+    with pytest.raises(MixedDevices, match="cpu"):
+        run_steps(family)
 
 
 @pytest.mark.parametrize("name", [*OF_BATCH, *OF_GROUP])
 def test_a_planted_cpu_tensor_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = engine_module.batch_of
-    monkeypatch.setattr(engine_module, "batch_of", lambda *args: plant(made(*args), name))
-    with pytest.raises(MixedDevices, match="cpu"):
-        run_steps("llama")
+    check_caught(lambda batch: plant(batch, name), "llama", monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["embedding_index", "embeddings"])
+def test_planted_embeddings_on_the_cpu_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_caught(lambda b: b if b.embeddings is None else plant(b, name), "llama", monkeypatch)
+
+
+@pytest.mark.parametrize("name", OF_GROUP)
+def test_a_planted_cpu_tensor_in_cross_attention_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_caught(lambda b: replace(b, cross_groups=planted_in_groups(b.cross_groups, name)), "t5", monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "slot_mapping", *OF_GROUP])
+def test_a_planted_cpu_tensor_in_the_encoder_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_caught(lambda b: b if b.encoder is None else replace(b, encoder=plant(b.encoder, name)), "t5", monkeypatch)
 
 
 def test_a_prefix_left_on_the_cpu_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
