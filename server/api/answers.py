@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.errors import RequestError
 from server.api.state import AppState, Target
-from server.engine.async_engine import RequestStream
+from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, TokenOutput
 

@@ -6,10 +6,9 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, TypeVar
 
 import structlog
@@ -17,11 +16,12 @@ import structlog
 from prefix_store.prefix import Layout, ModelShape, Prefix
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
-from server.engine.errors import EngineError, GenerationError, OverloadedError, PrefixFaultError, PromptTooLongError
+from server.engine.errors import GenerationError, OverloadedError, PrefixFaultError, PromptTooLongError
 from server.engine.kv_blocks import BLOCK_SIZE, block_bytes, prefix_blocks
+from server.engine.request_stream import RequestStream
 from server.engine.resident_prefixes import ResidencyCounts
 from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import Composition, FinishReason, PrefixRef, Sequence, TokenOutput
+from server.engine.sequence import Composition, PrefixRef, Sequence
 from server.metrics import Metrics
 
 HEARTBEAT_S = 10.0
@@ -45,98 +45,6 @@ class EngineStats:
     num_pinned: int
     num_preemptions: int
     residency: ResidencyCounts
-
-
-class RequestStream:
-    """One request's tokens as they come. Leaving the `async with` early aborts the row."""
-
-    def __init__(self, sequence: Sequence, abort: Callable[[], None]) -> None:
-        self._sequence = sequence
-        self._abort = abort
-        self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
-        self._is_over = False
-        self._finished_s: float | None = None
-
-    def put(self, output: StepOutput) -> None:
-        self._outputs.put_nowait(output)
-
-    async def __aenter__(self) -> RequestStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
-    def __aiter__(self) -> AsyncIterator[TokenOutput]:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        """The next token. Raises the EngineError that ended the row, if one did."""
-        if self._is_over:
-            raise StopAsyncIteration
-        output = await self._outputs.get()
-        if output.error is not None:
-            self._end()
-            raise output.error
-        assert output.token is not None
-        if output.token.finish_reason is not None:
-            self._end()
-        return output.token
-
-    def abort(self) -> None:
-        """Free the row, if it still runs. May be called any number of times."""
-        if not self._is_over:
-            self._end()
-            self._abort()
-
-    def _end(self) -> None:
-        self._is_over = True
-        self._finished_s = time.monotonic()
-
-    @property
-    def generated_text(self) -> str:
-        return self._sequence.detokenizer.text
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        return self._sequence.finish_reason
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        return self._sequence.prompt_token_ids
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return self._sequence.num_prompt_tokens
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        return self._sequence.num_virtual_tokens
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Prompt tokens whose K and V were reused from earlier text."""
-        return 0
-
-    @property
-    def num_generated_tokens(self) -> int:
-        return self._sequence.num_generated_tokens
-
-    @property
-    def seed(self) -> int | None:
-        return self._sequence.sampling_params.seed
-
-    @property
-    def queue_s(self) -> float:
-        started_s = self._sequence.started_s
-        return 0.0 if started_s is None else started_s - self._sequence.arrival_s
-
-    @property
-    def inference_s(self) -> float:
-        started_s = self._sequence.started_s
-        end_s = self._finished_s if self._finished_s is not None else time.monotonic()
-        return 0.0 if started_s is None else end_s - started_s
 
 
 class AsyncEngine:
@@ -197,7 +105,7 @@ class AsyncEngine:
         if drain:
             await self._idle.wait()
         for stream in tuple(self._streams.values()):
-            stream.put(StepOutput(stream._sequence, error=GenerationError("the server is stopping")))
+            stream.fail(GenerationError("the server is stopping"))
         self._calls.put(None)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
@@ -447,6 +355,3 @@ class AsyncEngine:
             self._metrics.tokens(sequence.num_prompt_tokens, sequence.num_generated_tokens)
             self._metrics.e2e(now - sequence.arrival_s)
             self._metrics.request_finished(output.token.finish_reason)
-
-
-__all__ = ["AsyncEngine", "EngineError", "EngineStats", "PrefixRef", "RequestStream", "TokenOutput"]
