@@ -19,7 +19,7 @@ from prefix_store.prefix import PARTS, Prefix
 from prefix_store.registry import Precondition, Task, Version
 from prefix_store.store import Published
 from server.api.errors import PROBLEMS, RequestError
-from server.api.schemas import ActivateRequest, EnsembleRequest
+from server.api.schemas import EXAMPLE_ENSEMBLE, ActivateRequest, EnsembleRequest
 from server.api.state import TENANT, AppState, State
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS)
@@ -53,7 +53,10 @@ UPLOAD_BODY = {
                     }
                 },
             },
-            "application/json": {"schema": EnsembleRequest.model_json_schema()},
+            "application/json": {
+                "schema": EnsembleRequest.model_json_schema(),
+                "examples": {"ensemble": {"summary": "An ensemble of versions", "value": EXAMPLE_ENSEMBLE}},
+            },
         },
     }
 }

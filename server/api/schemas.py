@@ -247,12 +247,13 @@ class ActivateRequest(WireModel):
     version: StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 
+EXAMPLE_ENSEMBLE = {"kind": "ensemble", "members": ["films@1", "films@2"], "rule": "mean_probs"}
+
+
 class EnsembleRequest(WireModel):
     """`PUT /v1/prefixes/T` as JSON. `members` are `T@V`, or `T` for the version that is active now."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"kind": "ensemble", "members": ["films@1", "films@2"], "rule": "mean_probs"}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_ENSEMBLE]})
     kind: Literal["ensemble"]
     members: list[Annotated[str, StringConstraints(min_length=1, max_length=140)]] = Field(
         min_length=2, max_length=MAX_MEMBERS

@@ -165,7 +165,7 @@ def test_openapi_describes_every_route(served: Served) -> None:
         schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert described["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["examples"]
     upload = described["paths"]["/v1/prefixes/{task}"]["put"]["requestBody"]["content"]
-    assert set(upload) == {"application/octet-stream", "multipart/form-data"}
+    assert set(upload) == {"application/octet-stream", "multipart/form-data", "application/json"}
     assert all(kind["examples"] for kind in upload.values())
 
 
