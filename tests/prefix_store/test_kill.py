@@ -1,4 +1,5 @@
-"""An acknowledged upload survives `kill -9`: 200 uploads to a process that holds only the store."""
+"""An acknowledged upload survives `kill -9`: 200 uploads, ensembles among them, to a process that holds only the
+store."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from prefix_store.blobs import Blobs
+from prefix_store.ensemble import Ensemble
 from prefix_store.prefix import ModelShape
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
@@ -27,8 +29,13 @@ store = open_store(Path(sys.argv[1]))
 first = int(sys.argv[2])
 print("open", flush=True)
 for i in range(first, 200):
-    prefix = Prefix("soft", embeddings=torch.randn(40, 32, generator=torch.Generator().manual_seed(i)))
-    found = store.publish("default", f"task-{i % 7}", prefix, base="unverified")
+    if i % 10 == 9:
+        ensemble = store.make_ensemble("default", [f"task-{(i - n) % 7}" for n in (1, 2, 3)], "vote")
+        found = store.publish_ensemble("default", "ensembles", ensemble)
+    else:
+        table = torch.randn(40, 32, generator=torch.Generator().manual_seed(i))
+        prefix = Prefix("soft", embeddings=table, placement=("prefix", "infix")[i % 2])
+        found = store.publish("default", f"task-{i % 7}", prefix, base="unverified")
     print(i, found.version.task, found.version.version, found.version.digest, flush=True)
 """
 
@@ -59,11 +66,18 @@ def test_acknowledged_uploads_survive_kill(tmp_path: Path) -> None:
                     acknowledged[task, int(version)] = digest
                     first = int(number) + 1
         store = open_store(tmp_path)
-        listed = {(v.task, v.version): v.digest for task in store.list_tasks("default") for v in task.versions}
-        assert acknowledged.items() <= listed.items()
-        for digest in listed.values():
-            assert store.load(digest).num_virtual_tokens == 40
-        assert len(list((tmp_path / "blobs").rglob("*.*"))) == len(set(listed.values()))
+        versions = {(v.task, v.version): v for task in store.list_tasks("default") for v in task.versions}
+        assert acknowledged.items() <= {key: v.digest for key, v in versions.items()}.items()
+        files = {v.digest: v for v in versions.values() if not isinstance(v.content, Ensemble)}
+        for digest, version in files.items():
+            assert store.load(digest).layout == version.content
+        assert len(list((tmp_path / "blobs").rglob("*.*"))) == len(files)
+        for version in versions.values():
+            if isinstance(version.content, Ensemble):
+                assert version.digest == version.content.digest
+                for member in version.content.members:
+                    assert versions[member.task, member.version].digest == member.digest
         store.close()
     assert num_kills >= 3
     assert len(set(acknowledged.values())) >= 190
+    assert sum(task == "ensembles" for task, _ in acknowledged) == 20
