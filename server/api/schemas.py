@@ -247,7 +247,7 @@ class ActivateRequest(WireModel):
     version: StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 
-EXAMPLE_ENSEMBLE = {"kind": "ensemble", "members": ["films@1", "films@2"], "rule": "mean_probs"}
+EXAMPLE_ENSEMBLE: dict[str, Any] = {"kind": "ensemble", "members": ["films@1", "films@2"], "rule": "mean_probs"}
 
 
 class EnsembleRequest(WireModel):
