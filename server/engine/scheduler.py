@@ -123,13 +123,12 @@ class Scheduler:
                 continue
             if not can_start or not all(row.is_ready for row in sequence.rows):
                 continue
-            num_encoded = sum(row.num_unencoded_tokens for row in sequence.rows)
-            # An encoder's text cannot be cut: one that is longer than what is left goes first or waits for a step.
-            left = budget if is_first and num_encoded > budget > 0 else budget - num_encoded
-            wanted = _share(sequence, left)
+            wanted = _share(sequence, budget)
+            num_tokens = sum(wanted) + sum(row.num_unencoded_tokens for row in sequence.rows)
             can_start = (
                 num_rows + len(sequence.rows) <= self.max_rows
                 and any(wanted)
+                and (num_tokens <= budget or is_first)  # an encoder's text cannot be cut: a long one goes first
                 and self._allocator.can_allocate(sum(_num_blocks_to_start(row) for row in sequence.rows))
             )
             if not can_start:
@@ -137,7 +136,7 @@ class Scheduler:
             self._start(sequence, wanted, now)
             is_first = False
             num_rows += len(sequence.rows)
-            budget = max(0, left - sum(wanted))
+            budget -= num_tokens
             scheduled.append(sequence)
         for sequence, _ in failed:
             self.finish(sequence)
