@@ -81,10 +81,20 @@ def push(
     model: ModelOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a PEFT folder or a native file as a new version of TASK."""
+    """Upload a PEFT folder, a native file or an ensemble (.json) as a new version of TASK."""
     with plain_errors():
         if every and index is not None:
             fail("expected --index or --all, got both")
+        if path.suffix == ".json" and path.is_file():
+            if every or index is not None or dry_run:
+                fail("expected no --all, --index or --dry-run with an ensemble: its members are on the server")
+            with Client(url, api_key) as client:
+                manifest = client.push_ensemble(task, path, note=note, activate=activate)
+            if as_json:
+                print_json(manifest)
+            else:
+                _show_pushed(manifest)
+            return
         uploads = _uploads(task, path, index, every)
         if dry_run:
             from server.inspection import inspect
@@ -109,11 +119,15 @@ def _push(client: Client, task: str, path: Path, as_json: bool, **more: Any) -> 
     with upload_bar() as open_file:
         manifest = client.push(task, path, open_file=open_file, **more)
     if not as_json:
-        print(
-            f"{manifest['task']}@{manifest['version']} {manifest['digest'][:12]} {manifest['kind']}, "
-            f"{manifest['num_virtual_tokens']} virtual tokens, base {manifest['base']}, active {manifest['active']}"
-        )
+        _show_pushed(manifest)
     return manifest
+
+
+def _show_pushed(manifest: dict[str, Any]) -> None:
+    print(
+        f"{manifest['task']}@{manifest['version']} {manifest['digest'][:12]} {manifest['kind']}, "
+        f"{manifest['num_virtual_tokens']} virtual tokens, base {manifest['base']}, active {manifest['active']}"
+    )
 
 
 def _uploads(task: str, path: Path, index: int | None, every: bool) -> list[tuple[str, int | None]]:
@@ -121,7 +135,7 @@ def _uploads(task: str, path: Path, index: int | None, every: bool) -> list[tupl
     from prefix_store.local_files import count_tasks
 
     if not path.exists():
-        fail(f"expected a PEFT folder or a .safetensors file, found nothing at {path}")
+        fail(f"expected a PEFT folder, a .safetensors file or an ensemble (.json), found nothing at {path}")
     num_tasks = count_tasks(path) if every else 1
     return [(task, index)] if num_tasks == 1 else [(f"{task}-{i}", i) for i in range(num_tasks)]
 
@@ -254,6 +268,44 @@ def fold(path: Path, output: Path, model: ModelOption = None, as_json: AsJson = 
         body = write_native(replace(prefix, base_model=shape.model_name, fingerprint=shape.fingerprint))
         output.write_bytes(body)
         show({"file": str(output), "num_virtual_tokens": prefix.num_virtual_tokens, "digest": digest_of(body)}, as_json)
+
+
+@app.command()
+def convert(
+    path: Path,
+    output: Path,
+    model: ModelOption = None,
+    base_model: Annotated[str | None, option("base-model", "What it was trained for; none: not said.")] = None,
+    placement: Annotated[Literal["prefix", "infix"], option("placement", "Before the text, or after it.")] = "prefix",
+    separator: Annotated[int | None, option("separator", "The token id after a KV infix.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert another tool's file at PATH (.npy, decoder.pt, encoder.pt, cartridge.pt, PrefixTuning's
+    pytorch_model.bin) into the native file OUTPUT. Weights alone are read."""
+    with plain_errors():
+        from prefix_store.converters.convert import convert_file
+        from prefix_store.native_format import write_native
+        from prefix_store.validation import validate
+        from server.inspection import model_shape, parts
+
+        if not path.exists():
+            fail(f"expected another tool's file or its folder, found nothing at {path}")
+        shape = model_shape(_settings(model, 2**20))
+        found = convert_file(path, shape)
+        prefix = replace(found, placement=placement, separator=separator, base_model=base_model)
+        validate(prefix, shape)
+        output.write_bytes(write_native(prefix))
+        made = {
+            "file": str(output),
+            "kind": prefix.kind,
+            "placement": prefix.placement,
+            "separator": prefix.separator,
+            "parts": parts(prefix.layout, shape),
+            "num_virtual_tokens": prefix.num_virtual_tokens,
+            "num_bytes": prefix.num_bytes,
+            "base_model": prefix.base_model,
+        }
+        show(made, as_json)
 
 
 @model_app.command("fetch")

@@ -12,7 +12,12 @@ from urllib.parse import quote
 
 import httpx
 
+from prefix_store.bounded_json import read_json_object
+from prefix_store.errors import InvalidArtefactError
+
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+ENSEMBLE = "ensemble"
+MAX_ENSEMBLE_BYTES = 64 * 1024
 OpenFile = Callable[[Path], BinaryIO]
 
 
@@ -67,6 +72,14 @@ class Client:
             peft_files(path)  # says which one is missing
             parts = {name: (name, stack.enter_context(open_file(path / name))) for name in (CONFIG, WEIGHTS)}
             return self._json("PUT", f"/v1/prefixes/{_quoted(task)}", params=params, files=parts)
+
+    def push_ensemble(self, task: str, path: Path, *, note: str = "", activate: str = "auto") -> dict[str, Any]:
+        """Send the ensemble that the JSON file names. Raises InvalidArtefactError."""
+        content = read_json_object(path.read_bytes(), path.name, MAX_ENSEMBLE_BYTES)
+        if content.get("kind") != ENSEMBLE:
+            raise InvalidArtefactError(f"{path.name}: kind must be {ENSEMBLE!r}, got {str(content.get('kind'))[:40]!r}")
+        params = {"activate": activate} | ({"note": note} if note else {})
+        return self._json("PUT", f"/v1/prefixes/{_quoted(task)}", params=params, json=content)
 
     def list_tasks(self) -> list[dict[str, Any]]:
         tasks: list[dict[str, Any]] = []

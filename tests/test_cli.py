@@ -7,18 +7,22 @@ import os
 import pty
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from click.testing import Result
-from conftest import HIDDEN, NAME, Served, native
-from safetensors.torch import save
+from conftest import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, NAME, Served, native
+from safetensors.torch import load, save
+from transformers import BartConfig, BartForConditionalGeneration
 from typer.testing import CliRunner
 
+from prefix_store.prefix import Layout
 from server.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "two.safetensors").write_bytes(native(302))
     (folder / "named.safetensors").write_bytes(native(303, base_model="owner/mini"))
     (folder / "other.safetensors").write_bytes(native(304, base_model="someone/else"))
+    (folder / "infix.safetensors").write_bytes(native(306, placement="infix", separator=46))
     (folder / "long.safetensors").write_bytes(native(305, 300))
     (folder / "wrong.safetensors").write_bytes(b"not a safetensors file")
     torch.manual_seed(3)
@@ -246,10 +251,24 @@ def test_inspect_says_what_it_is(cli: Cli, served: Served, files: Path) -> None:
         ("prompt", "soft", 4, "unverified"),
     ):
         found = cli.json("inspect", files / name)
+        layout = Layout(found["kind"], num_decoder_tokens=num_virtual_tokens)
         assert (found["kind"], found["num_virtual_tokens"], found["base"]) == (kind, num_virtual_tokens, base)
-        assert found["device_bytes"] == served.state.engine.bytes_on_device(num_virtual_tokens)
+        assert found["device_bytes"] == served.state.engine.bytes_on_device(layout)
         assert (found["fits"], found["reason"], found["model"]) == (True, None, NAME)
+        assert (found["placement"], found["separator"], found["parts"]) == ("prefix", None, None)
     assert cli.json("inspect", files / "multitask", "--index", "2")["num_virtual_tokens"] == 4
+
+
+def test_inspect_of_an_infix(cli: Cli, files: Path) -> None:
+    found = cli.json("inspect", files / "infix.safetensors")
+    assert (found["placement"], found["separator"], found["fits"]) == ("infix", 46, True)
+    assert "placement: infix\nseparator: 46\n" in cli.run("inspect", files / "infix.safetensors").stdout
+
+
+def test_inspect_needs_no_place_for_a_store(cli: Cli, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(files / "missing"))
+    assert cli.json("inspect", files / "one.safetensors")["base"] == "unverified"
+    assert cli.json("push", "cli-dry", files / "one.safetensors", "--dry-run")["fits"] is True
 
 
 def test_inspect_of_a_download_is_verified(cli: Cli, served: Served, task: str, tmp_path: Path) -> None:
@@ -292,6 +311,140 @@ def test_fold_writes_a_file_that_the_server_takes(cli: Cli, tmp_path: Path) -> N
     pushed = cli.json("push", "cli-folded", output)
     assert (pushed["digest"], pushed["base"]) == (folded["digest"], "verified")
     assert "nothing at" in cli.refused("fold", tmp_path / "missing", output)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"transform.4.weight": torch.zeros(4, 4)}, "a deeper one: 'transform.4.weight'"),
+        ({"embedding.weight": torch.zeros(6, 10, dtype=torch.int64)}, "got torch.int64"),
+        ({"control_trans_enc.0.weight": torch.zeros(4, 4)}, "got an encoder-decoder's"),
+    ],
+)
+def test_fold_refuses_other_checkpoints(cli: Cli, tmp_path: Path, more: dict[str, torch.Tensor], reason: str) -> None:
+    names = ("transform.0.weight", "transform.0.bias", "transform.2.weight", "transform.2.bias")
+    tensors = {"embedding.weight": torch.zeros(6, 10)} | dict.fromkeys(names, torch.zeros(2)) | more
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    output = tmp_path / "folded.safetensors"
+    assert reason in cli.refused("fold", tmp_path / "pytorch_model.bin", output)
+    assert not output.exists()
+
+
+def test_convert_writes_a_file_that_the_server_takes(cli: Cli, served: Served, tmp_path: Path) -> None:
+    table = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(7))
+    torch.save(table, tmp_path / "decoder.pt")
+    numpy.save(tmp_path / "prompt.npy", table.numpy())
+    output = tmp_path / "made.safetensors"
+    for path in (tmp_path / "decoder.pt", tmp_path / "prompt.npy", tmp_path):
+        made = cli.json("convert", path, output)
+        assert made == {
+            "file": str(output),
+            "kind": "soft",
+            "placement": "prefix",
+            "separator": None,
+            "parts": None,
+            "num_virtual_tokens": 6,
+            "num_bytes": 6 * HIDDEN * 4,
+            "base_model": None,
+        }
+        assert torch.equal(load(output.read_bytes())["embeddings"], table)
+    assert cli.json("push", "cli-converted", output)["base"] == "unverified"
+    assert cli.json("convert", tmp_path, output, "--base-model", "owner/mini")["base_model"] == "owner/mini"
+    assert cli.json("inspect", output)["base"] == "name-match"
+    text = cli.run("convert", tmp_path, output, "--placement", "infix").stdout
+    assert f"file: {output}\nkind: soft\nplacement: infix\n" in text
+    assert cli.json("push", "cli-converted", output)["placement"] == "infix"
+
+
+def test_convert_makes_a_kv_infix(cli: Cli, tmp_path: Path) -> None:
+    lists = [torch.randn(1, KV_HEADS, 3, HEAD_DIM) for _ in range(LAYERS)]
+    torch.save(
+        {"trainable_keys": lists, "trainable_values": lists, "frozen_keys": [], "frozen_values": []},
+        tmp_path / "cartridge.pt",
+    )
+    output = tmp_path / "made.safetensors"
+    assert "needs a separator" in cli.refused("convert", tmp_path, output, "--placement", "infix")
+    assert "separator belongs to a KV infix" in cli.refused("convert", tmp_path, output, "--separator", "46")
+    wrong = ("--placement", "infix", "--separator", "100000")
+    assert "separator must be a token id" in cli.refused("convert", tmp_path, output, *wrong)
+    assert not output.exists()
+    made = cli.json("convert", tmp_path, output, "--placement", "infix", "--separator", "46")
+    assert (made["kind"], made["placement"], made["separator"]) == ("kv", "infix", 46)
+    assert cli.json("inspect", output)["separator"] == 46
+
+
+def test_convert_is_refused_with_the_reason(cli: Cli, files: Path, tmp_path: Path) -> None:
+    output = tmp_path / "made.safetensors"
+    assert "nothing at" in cli.refused("convert", tmp_path / "missing", output)
+    assert "need no converting" in cli.refused("convert", files / "one.safetensors", output)
+    torch.save(torch.zeros(6, HIDDEN + 1), tmp_path / "decoder.pt")
+    expected = f"expected [num_virtual_tokens, {HIDDEN}], got [6, {HIDDEN + 1}]"
+    assert expected in cli.refused("convert", tmp_path / "decoder.pt", output)
+    torch.save(torch.zeros(6, HIDDEN), tmp_path / "decoder.pt")
+    assert "error: " in cli.refused("convert", tmp_path / "decoder.pt", tmp_path / "no" / "folder")
+    assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder-decoder: three layers in the decoder, two in the encoder."""
+    path = tmp_path_factory.mktemp("seq2seq") / "bart"
+    torch.manual_seed(6)
+    sizes = {"d_model": HIDDEN, "vocab_size": 96, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(**sizes, **heads, encoder_layers=2, decoder_layers=3, max_position_embeddings=64)
+    BartForConditionalGeneration(config).save_pretrained(path)
+    return path
+
+
+def test_convert_and_inspect_for_an_encoder_decoder(cli: Cli, bart: Path, tmp_path: Path) -> None:
+    output = tmp_path / "made.safetensors"
+    torch.save(torch.randn(6, HIDDEN), tmp_path / "encoder.pt")
+    model = ("--model", bart)
+    assert "of a decoder-only model" in cli.refused("convert", tmp_path / "encoder.pt", output)
+    made = cli.json("convert", tmp_path / "encoder.pt", output, *model)
+    assert (made["kind"], made["parts"]) == ("soft", {"decoder": 0, "encoder": 6, "cross": 0})
+    infix = ("--placement", "infix")
+    assert "an infix needs a decoder-only model" in cli.refused("convert", tmp_path, output, *model, *infix)
+    inspected = cli.json("inspect", output, *model)
+    assert (inspected["parts"], inspected["fits"]) == (made["parts"], True)
+    assert "got one for an encoder-decoder" in cli.json("inspect", output, exit_code=1)["reason"]
+
+    tensors = {}
+    for table, mlp, num_layers, n in (("wte", "", 3, 4), ("wte_enc", "_enc", 2, 5), ("wte2", "2", 3, 2)):
+        tensors |= {f"{table}.weight": torch.randn(n, HIDDEN), f"control_trans{mlp}.0.weight": torch.randn(7, HIDDEN)}
+        width = 2 * num_layers * HIDDEN
+        tensors |= {f"control_trans{mlp}.0.bias": torch.randn(7), f"control_trans{mlp}.2.bias": torch.randn(width)}
+        tensors[f"control_trans{mlp}.2.weight"] = torch.randn(width, 7)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    made = cli.json("convert", tmp_path / "pytorch_model.bin", output, *model)
+    assert (made["kind"], made["parts"]) == ("kv", {"decoder": 4, "encoder": 5, "cross": 2})
+    assert cli.json("inspect", output, *model)["parts"] == made["parts"]
+    assert 'parts: {"decoder": 4, "encoder": 5, "cross": 2}' in cli.run("inspect", output, *model).stdout
+    folded = cli.json("fold", tmp_path / "pytorch_model.bin", output, *model)
+    assert folded["num_virtual_tokens"] == 5
+    assert cli.json("inspect", output, *model)["base"] == "verified"
+
+
+def test_push_of_an_ensemble(cli: Cli, served: Served, task: str, tmp_path: Path) -> None:
+    path = tmp_path / "both.json"
+    content = {"kind": "ensemble", "members": [f"{task}@1", f"{task}@2"], "rule": "mean_probs"}
+    path.write_text(json.dumps(content))
+    pushed = cli.json("push", "cli-ensemble", path, "--note", "both", "--activate", "false")
+    assert (pushed["kind"], pushed["members"], pushed["rule"]) == ("ensemble", content["members"], "mean_probs")
+    assert (pushed["note"], pushed["active"]) == ("both", None)
+    assert cli.run("push", "cli-ensemble", path).stdout.startswith("cli-ensemble@1 ")
+    assert cli.json("show", "cli-ensemble@1")["members"] == content["members"]
+    assert "member of cli-ensemble@1" in cli.refused("rm", f"{task}@1")
+    for option in ("--all", "--dry-run"):
+        assert "an ensemble" in cli.refused("push", "cli-ensemble", path, option)
+    path.write_text(json.dumps(content | {"rule": "sum"}))
+    assert "rule" in cli.refused("push", "cli-ensemble", path)
+    path.write_text(json.dumps(content | {"kind": "kv"}))
+    assert "both.json: kind must be 'ensemble', got 'kv'" in cli.refused("push", "cli-ensemble", path)
+    path.write_text('{"kind": "ensemble", "kind": "ensemble"}')
+    assert "both.json: duplicate key 'kind'" in cli.refused("push", "cli-ensemble", path)
+    served.http.delete("/v1/prefixes/cli-ensemble")
 
 
 def test_model_path_is_alone_on_the_last_line(cli: Cli, model_path: Path) -> None:
