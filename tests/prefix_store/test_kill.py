@@ -69,13 +69,13 @@ def test_acknowledged_uploads_survive_kill(tmp_path: Path) -> None:
         versions = {(v.task, v.version): v for task in store.list_tasks("default") for v in task.versions}
         assert acknowledged.items() <= {key: v.digest for key, v in versions.items()}.items()
         files = {v.digest: v for v in versions.values() if not isinstance(v.content, Ensemble)}
-        for digest, version in files.items():
-            assert store.load(digest).layout == version.content
+        for digest, found in files.items():
+            assert store.load(digest).layout == found.content
         assert len(list((tmp_path / "blobs").rglob("*.*"))) == len(files)
-        for version in versions.values():
-            if isinstance(version.content, Ensemble):
-                assert version.digest == version.content.digest
-                for member in version.content.members:
+        for found in versions.values():
+            if isinstance(found.content, Ensemble):
+                assert found.digest == found.content.digest
+                for member in found.content.members:
                     assert versions[member.task, member.version].digest == member.digest
         store.close()
     assert num_kills >= 3

@@ -94,9 +94,9 @@ def test_digest_depends_on_the_content_alone(name: str) -> None:
     body = write_native(prefix)
     shuffled = replace(
         prefix,
-        layers=dict(reversed(prefix.layers.items())),
-        encoder=dict(reversed(prefix.encoder.items())),
-        cross=dict(reversed(prefix.cross.items())),
+        layers=dict(reversed(list(prefix.layers.items()))),
+        encoder=dict(reversed(list(prefix.encoder.items()))),
+        cross=dict(reversed(list(prefix.cross.items()))),
     )
     assert write_native(shuffled) == body
     strided = converted(prefix, lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1))

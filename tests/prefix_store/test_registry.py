@@ -143,6 +143,12 @@ class TestContract:
         store.delete_task(OURS, "b")
         assert store.list_tasks(OURS) == []
 
+    def test_version_beside_a_member_can_be_deleted(self, store: PrefixStore) -> None:
+        for seed in (1, 2):
+            publish(store, "a", seed)
+        ensemble(store, "e", "a@2", "a@2")
+        assert store.delete_version(OURS, "a", "1").version == 1
+
     def test_task_goes_with_its_own_ensembles(self, store: PrefixStore) -> None:
         publish(store, "t", 1)
         publish(store, "u", 2)
