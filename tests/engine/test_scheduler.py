@@ -142,13 +142,24 @@ def test_an_encoder_text_of_any_length_is_served(t5: Any, num_tokens: int, num_m
     assert finish(engine) <= 7
 
 
-def test_two_long_encoder_texts_do_not_start_in_one_step(t5: Any) -> None:
+@pytest.mark.parametrize("num_first", [5, 40])
+def test_a_long_encoder_text_does_not_start_behind_another_in_one_step(t5: Any, num_first: int) -> None:
     engine = make_engine(t5, {})
-    sequences = [make_sequence(engine, f"r{i}", 40, ((),)) for i in range(2)]
+    sequences = [make_sequence(engine, f"r{i}", n, ((),)) for i, n in enumerate((num_first, 40))]
     for sequence in sequences:
         engine.add(sequence)
     assert [output.sequence for output in step(engine)] == sequences[:1]
     assert [output.sequence for output in step(engine)] == sequences
+
+
+def test_a_text_is_encoded_once(t5: Any) -> None:
+    engine = make_engine(t5, {})
+    engine.add(make_sequence(engine, "r", 9, ((), ())))
+    encoded: list[int] = []
+    hook = t5.get_encoder().register_forward_hook(lambda _, __, out: encoded.append(out.last_hidden_state.shape[1]))
+    finish(engine)
+    hook.remove()
+    assert encoded == [18]
 
 
 def test_two_compositions_that_together_exceed_the_room_run_one_after_the_other(llama: Any) -> None:

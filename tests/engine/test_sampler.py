@@ -1,0 +1,91 @@
+"""Rows that choose together, beside rows that choose alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from server.engine.detokenizer import Detokenizer
+from server.engine.sampler import Sample, sample
+from server.engine.sampling_params import SamplingParams
+from server.engine.sequence import Sequence
+from tests.tiny_models import VOCAB, letter_tokenizer
+
+GREEDY = SamplingParams(max_new_tokens=4)
+SAMPLED = SamplingParams(max_new_tokens=4, do_sample=True, temperature=1.3, top_k=20, top_p=0.9, seed=5)
+LOGPROBS = SamplingParams(max_new_tokens=4, num_top_logprobs=3)
+PENALISED = SamplingParams(max_new_tokens=4, repetition_penalty=4.0)
+
+
+def sequence_of(num_rows: int, params: SamplingParams, prompt: tuple[int, ...] = (3, 4)) -> Sequence:
+    return Sequence("r", list(prompt), params, Detokenizer(letter_tokenizer()), ((),) * num_rows)
+
+
+def logits_of(num_rows: int) -> torch.Tensor:
+    return torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(num_rows)) * 3
+
+
+def log_of_mean(logits: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(-1).mean(0, keepdim=True).log()
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, LOGPROBS, PENALISED, replace(SAMPLED, repetition_penalty=1.5)])
+def test_an_ensemble_chooses_as_one_row_with_the_mean_of_its_distributions(params: SamplingParams) -> None:
+    logits = logits_of(3)
+    together, alone = sequence_of(3, params), sequence_of(1, params)
+    chosen = [(sample(logits, [together])[0], sample(log_of_mean(logits), [alone])[0]) for _ in range(10)]
+    for ours, expected in chosen:
+        assert ours.token_id == expected.token_id
+        assert ours.logprob == pytest.approx(expected.logprob)
+        assert dict(ours.top_logprobs) == pytest.approx(dict(expected.top_logprobs))
+
+
+def test_the_mean_is_of_probabilities_not_of_logits() -> None:
+    """0.96 + 0.1 + 0.1 is more than 0.04 + 0.5 + 0.5; the products of the same are the other way round."""
+    probabilities = torch.zeros(3, VOCAB)
+    probabilities[0, 1], probabilities[0, 2] = 0.96, 0.04
+    probabilities[1:, 1], probabilities[1:, 2], probabilities[1:, 3] = 0.1, 0.5, 0.4
+    logits = probabilities.clamp(min=1e-9).log()
+    assert int(logits.mean(0).argmax()) == 2
+    assert sample(logits, [sequence_of(3, GREEDY)])[0].token_id == 1
+
+
+def test_an_ensemble_draws_with_the_means_frequencies() -> None:
+    logits = torch.full((2, VOCAB), -50.0)
+    logits[0, 1] = logits[1, 2] = 0.0  # one half each
+    sequence = sequence_of(2, SamplingParams(do_sample=True, seed=1))
+    drawn = Counter(sample(logits, [sequence])[0].token_id for _ in range(400))
+    assert set(drawn) == {1, 2}
+    assert 160 < drawn[1] < 240
+
+
+def test_neighbours_of_an_ensemble_keep_their_own_rows() -> None:
+    """Rows follow one another in the order of their sequences, whatever their number."""
+    logits = logits_of(6)
+    sequences = [sequence_of(n, GREEDY) for n in (1, 3, 1, 1)]
+    expected = [int(logits[0].argmax()), int(log_of_mean(logits[1:4]).argmax()), *logits[4:].argmax(-1).tolist()]
+    assert [chosen.token_id for chosen in sample(logits, sequences)] == expected
+
+
+def test_one_member_that_is_not_finite_fails_its_ensemble_alone() -> None:
+    logits = logits_of(4)
+    logits[1, 7] = float("nan")
+    first, ensemble, last = sample(logits, [sequence_of(1, GREEDY), sequence_of(2, GREEDY), sequence_of(1, GREEDY)])
+    assert ensemble == Sample(None)
+    assert [first.token_id, last.token_id] == [int(logits[0].argmax()), int(logits[3].argmax())]
+
+
+def test_a_penalty_counts_the_prompt_and_every_token_so_far() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 5], logits[:, 6], logits[:, 7] = 3.0, 2.9, 2.8
+    sequence = sequence_of(2, PENALISED, prompt=(5,))
+    taken = []
+    for _ in range(2):
+        token_id = sample(logits, [sequence])[0].token_id
+        assert token_id is not None
+        sequence.append(token_id)
+        taken.append(token_id)
+    assert taken == [6, 7]
