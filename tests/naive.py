@@ -149,9 +149,7 @@ def next_logits(model: Any, prompt: list[int], text: list[int], prefixes: Sequen
     steps = torch.arange(len(embeddings))
     positions = front + torch.where(steps < num_soft + len(prompt), steps, steps + gap)
     state = State(Stack(positions, shared))
-    output = _run(
-        state, lambda: model(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)
-    )
+    output = _run(state, lambda: model(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False))
     return output.logits[0, -1].float()
 
 
@@ -183,9 +181,7 @@ def next_logits_seq2seq(
     own = Stack(positions, shared, bias_module=_bias_module(decoder))
     cross = Stack(positions, shared_by("cross")[0], is_causal=False)
     _set_positions(decoder, positions)
-    output = _run(
-        State(own, cross), lambda: model(encoder_outputs=(encoded,), decoder_input_ids=ids, use_cache=False)
-    )
+    output = _run(State(own, cross), lambda: model(encoder_outputs=(encoded,), decoder_input_ids=ids, use_cache=False))
     return output.logits[0, -1].float()
 
 

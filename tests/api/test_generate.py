@@ -254,16 +254,16 @@ def test_unknown_task_is_not_found(served: Served, films: str, name: str) -> Non
 
 def test_failure_amid_a_stream_is_an_event(served: Served) -> None:
     body = {"inputs": "x", "parameters": {"max_new_tokens": 200, "ignore_eos": True}}
-    weight = served.state.engine._engine.runner.model.lm_head.weight
-    kept = weight[0, 0].item()
+    weight = served.state.engine._engine.runner.model.model.norm.weight
+    kept = weight[0].item()
     with served.http.stream("POST", "/generate_stream", json=body) as response:
         lines = (line for line in response.iter_lines() if line)
         assert "error" not in json.loads(next(lines).removeprefix("data: "))
-        weight[0, 0] = float("nan")  # the logits of every row from now on
+        weight[0] = float("nan")  # the logits of every row from now on
         try:
             last = json.loads(list(lines)[-1].removeprefix("data: "))
         finally:
-            weight[0, 0] = kept
+            weight[0] = kept
     assert set(last) == {"error", "error_type"}
     assert last["error_type"] == "generation"
     assert served.generate("x", max_new_tokens=1).status_code == 200

@@ -360,11 +360,11 @@ def test_task_at_version_deletes_the_version(served: Served) -> None:
 def test_prefix_whose_logits_are_not_finite_is_refused(served: Served) -> None:
     # Magnitudes within the bound that overflow in the products of a soft prompt's pass are rare on a tiny model:
     # a weight of the model that is NaN for this one request gives the same logits.
-    weight = served.state.engine._engine.runner.model.lm_head.weight
-    kept = weight[0, 0].item()
-    weight[0, 0] = float("nan")
+    weight = served.state.engine._engine.runner.model.model.norm.weight
+    kept = weight[0].item()
+    weight[0] = float("nan")
     try:
         assert_problem(served.put("faulty", native(150)), 422, "finite")
     finally:
-        weight[0, 0] = kept
+        weight[0] = kept
     assert_problem(served.http.get("/v1/prefixes/faulty"), 404)

@@ -1,0 +1,109 @@
+"""A fault that shows only at run time, here a prefix with a NaN in it, fails its own rows and no neighbour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefix_store.prefix import ModelShape, Prefix
+from server.engine.attention import NAME
+from server.engine.detokenizer import Detokenizer
+from server.engine.engine import Engine, split_pool
+from server.engine.errors import GenerationError
+from server.engine.kv_blocks import KVBlocks
+from server.engine.model_families import prepare
+from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.sampling_params import SamplingParams
+from server.engine.sequence import Composition, PrefixRef, Sequence
+from tests.tiny_models import FAMILIES, SEQ2SEQ_FAMILIES, letter_tokenizer, seq2seq_model
+
+GOOD, BAD = "good", "bad"
+
+
+def make_prefix(shape: ModelShape, value: float) -> Prefix:
+    """`value` reaches the rows' own keys through the first layer."""
+    made = torch.randn(2, shape.num_kv_heads, 5, shape.head_dim)
+    made[1, :, 2] = value
+    layers = {0: (made[0], made[1])}
+    if not shape.is_encoder_decoder:
+        return Prefix("kv", layers)
+    return Prefix("kv", layers, encoder=layers, is_seq2seq=True)
+
+
+@pytest.fixture(params=["llama", "t5"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    torch.manual_seed(0)
+    if request.param == "llama":
+        model: Any = AutoModelForCausalLM.from_config(FAMILIES["llama"](), attn_implementation=NAME)
+    else:
+        model = seq2seq_model(SEQ2SEQ_FAMILIES["t5"]())
+        model.set_attn_implementation(NAME)
+        prepare(model)
+    shape = measure_shape(model, "tiny", "none")
+    prefixes = {GOOD: make_prefix(shape, 1.0), BAD: make_prefix(shape, float("nan"))}
+    num_blocks, num_prefix_blocks = split_pool(20 * 16, 8 * 16)
+    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu")))
+    return Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=8, max_step_tokens=40)
+
+
+def make_sequence(engine: Engine, request_id: str, num_tokens: int, *members: str) -> Sequence:
+    kinds = {name: make_prefix(engine.runner.shape, 1.0).layout for name in (GOOD, BAD)}
+    behind: list[Composition] = [() if name == "bare" else (PrefixRef(name, kinds[name]),) for name in members]
+    prompt = [3 + i % 90 for i in range(num_tokens)]
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    detokenizer = Detokenizer(letter_tokenizer())
+    return Sequence(request_id, prompt, params, detokenizer, tuple(behind), engine.runner.decoder_start_ids)
+
+
+def run(engine: Engine, *sequences: Sequence) -> tuple[list[list[int]], dict[str, Exception]]:
+    errors: dict[str, Exception] = {}
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.has_work:
+        for output in engine.step():
+            if output.error is not None:
+                errors[output.sequence.request_id] = output.error
+        engine.check_integrity()
+    return [sequence.output_token_ids for sequence in sequences], errors
+
+
+@pytest.fixture
+def alone(engine: Engine) -> list[list[int]]:
+    return [run(engine, make_sequence(engine, name, 30, name))[0][0] for name in (GOOD, "bare")]
+
+
+def test_rows_behind_a_bad_prefix_fail_and_their_neighbours_do_not(engine: Engine, alone: list[list[int]]) -> None:
+    bad = make_sequence(engine, BAD, 30, BAD)
+    ensemble = make_sequence(engine, "ensemble", 30, GOOD, BAD)
+    neighbours = [make_sequence(engine, name, 30, name) for name in (GOOD, "bare")]
+    answers, errors = run(engine, bad, *neighbours, ensemble)
+    assert answers == [[], *alone, []]
+    assert {name: type(error) for name, error in errors.items()} == {
+        BAD: GenerationError,
+        "ensemble": GenerationError,
+    }
+
+
+@pytest.mark.parametrize("ended", ["failed", "aborted"])
+def test_whoever_gets_a_failed_rows_blocks_is_not_hurt(engine: Engine, alone: list[list[int]], ended: str) -> None:
+    """Blocks come back last in, first out; a new row's last block is partly what the one before left there."""
+    bad = make_sequence(engine, BAD, 60, BAD)
+    engine.add(bad)
+    blocks: set[int] = set()
+    while not blocks:
+        assert not engine.step() or engine.runner.shape.is_encoder_decoder
+        blocks = set(bad.rows[0].block_table) or {-1 for _ in range(not engine.has_work)}
+    if ended == "aborted":
+        engine.abort(BAD)
+    while engine.has_work:
+        engine.step()
+    after = [make_sequence(engine, name, 30, name) for name in (GOOD, "bare")]
+    engine.add(after[0])
+    engine.step()
+    assert engine.runner.shape.is_encoder_decoder or blocks & set(after[0].rows[0].block_table)
+    answers, errors = run(engine, after[1])
+    assert not errors
+    assert [after[0].output_token_ids, *answers] == alone
