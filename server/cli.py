@@ -295,6 +295,9 @@ def convert(
         prefix = replace(found, placement=placement, separator=separator, base_model=base_model)
         validate(prefix, shape)
         output.write_bytes(write_native(prefix))
+        if prefix.is_seq2seq and prefix.kind == "kv":
+            note = "note: text starts at position n here, as in PEFT; PrefixTuning's own BART starts it at 0: measure again"
+            console.print(note, soft_wrap=True, markup=False, highlight=False)
         made = {
             "file": str(output),
             "kind": prefix.kind,
