@@ -64,6 +64,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.own_allocator,
             self.residents,
+            runner.kv_blocks.clear,
             max_rows=max_rows,
             max_step_tokens=max_step_tokens,
             max_queue_s=max_queue_s,
@@ -152,8 +153,6 @@ class Engine:
 
     def _append(self, sequence: Sequence, chosen: Sample) -> StepOutput:
         if chosen.token_id is None:
-            for row in sequence.rows:
-                self.runner.kv_blocks.clear(row.block_table + row.cross_table)
             return self._fail(sequence, GenerationError("the row's logits must be finite, got NaN or infinity"))
         params = sequence.sampling_params
         token_id = chosen.token_id

@@ -56,7 +56,7 @@ class KVBlocks:
 
     def clear(self, block_ids: list[int]) -> None:
         """Zero blocks that may hold values that are not finite: a masked key's weight is 0, and 0 * NaN is NaN."""
-        self.kv[:, :, torch.tensor(block_ids, device=self.device)] = 0
+        self.kv.index_fill_(2, torch.tensor(block_ids, device=self.device), 0)
 
 
 class BlockAllocator:

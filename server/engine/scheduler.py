@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from server.engine.errors import EngineError, QueueTimeoutError
 from server.engine.kv_blocks import BlockAllocator, num_blocks_for
@@ -12,7 +13,7 @@ from server.engine.sequence import Row, Sequence
 
 
 class Scheduler:
-    """Owns `waiting` and `running`, and the blocks of the rows' own text.
+    """Owns `waiting` and `running`, and the blocks of the rows' own text, which `clear` zeroes.
 
     A waiting sequence holds its prefixes, all or none, from the first time that there is room for them, so a prefix
     that was loaded for it is there when it starts. Sequences pass one another only where the one in front waits for a
@@ -24,6 +25,7 @@ class Scheduler:
         self,
         allocator: BlockAllocator,
         residents: ResidentPrefixes,
+        clear: Callable[[list[int]], None],
         *,
         max_rows: int,
         max_step_tokens: int,
@@ -32,6 +34,7 @@ class Scheduler:
         assert max_step_tokens >= max_rows, "every running row needs a token a step"
         self._allocator = allocator
         self._residents = residents
+        self._clear = clear
         self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
         self.max_queue_s = max_queue_s
@@ -98,9 +101,11 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _free_blocks(self, sequence: Sequence) -> None:
+        blocks = [block for row in sequence.rows for block in (*row.block_table, *row.cross_table)]
+        if blocks and sequence.finish_reason is None:  # of what it wrote last nobody has seen that it is finite
+            self._clear(blocks)
+        self._allocator.release(blocks)
         for row in sequence.rows:
-            self._allocator.release(row.block_table)
-            self._allocator.release(row.cross_table)
             row.drop_computed()
 
     def _admit(self, scheduled: list[Sequence], budget: int) -> list[tuple[Sequence, EngineError]]:

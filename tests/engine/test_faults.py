@@ -92,18 +92,13 @@ def test_whoever_gets_a_failed_rows_blocks_is_not_hurt(engine: Engine, alone: li
     """Blocks come back last in, first out; a new row's last block is partly what the one before left there."""
     bad = make_sequence(engine, BAD, 60, BAD)
     engine.add(bad)
-    blocks: set[int] = set()
-    while not blocks:
-        assert not engine.step() or engine.runner.shape.is_encoder_decoder
-        blocks = set(bad.rows[0].block_table) or {-1 for _ in range(not engine.has_work)}
+    while engine.has_work and not bad.rows[0].num_computed_tokens:
+        engine.step()
+    assert engine.has_work or engine.runner.shape.is_encoder_decoder  # a decoder has read only a part of the prompt
     if ended == "aborted":
         engine.abort(BAD)
     while engine.has_work:
         engine.step()
-    after = [make_sequence(engine, name, 30, name) for name in (GOOD, "bare")]
-    engine.add(after[0])
-    engine.step()
-    assert engine.runner.shape.is_encoder_decoder or blocks & set(after[0].rows[0].block_table)
-    answers, errors = run(engine, after[1])
+    answers, errors = run(engine, *(make_sequence(engine, name, 30, name) for name in (GOOD, "bare")))
     assert not errors
-    assert [after[0].output_token_ids, *answers] == alone
+    assert answers == alone
