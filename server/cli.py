@@ -296,7 +296,7 @@ def convert(
         validate(prefix, shape)
         output.write_bytes(write_native(prefix))
         if prefix.is_seq2seq and prefix.kind == "kv":
-            note = "note: text starts at position n here, as in PEFT; PrefixTuning's own BART starts it at 0: measure again"
+            note = "note: text starts at n here, as in PEFT; in PrefixTuning's BART it starts at 0: measure again"
             console.print(note, soft_wrap=True, markup=False, highlight=False)
         made = {
             "file": str(output),
