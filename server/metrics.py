@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from server.engine.async_engine import EngineStats
+    from server.engine.engine_stats import EngineStats
 
 MAX_TASK_LABELS = 50
 

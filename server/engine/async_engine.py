@@ -8,18 +8,18 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import structlog
 
 from prefix_store.prefix import Layout, ModelShape, Prefix
+from server.engine.context_limits import check_context
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
-from server.engine.errors import GenerationError, OverloadedError, PrefixFaultError, PromptTooLongError
-from server.engine.kv_blocks import BLOCK_SIZE, block_bytes, prefix_blocks
+from server.engine.engine_stats import EngineStats, stats_of
+from server.engine.errors import GenerationError, OverloadedError, PrefixFaultError
+from server.engine.kv_blocks import block_bytes, prefix_blocks
 from server.engine.request_stream import RequestStream
-from server.engine.resident_prefixes import ResidencyCounts
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
 from server.metrics import Metrics
@@ -27,24 +27,6 @@ from server.metrics import Metrics
 HEARTBEAT_S = 10.0
 T = TypeVar("T")
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """The engine's state between two steps, for gauges and `/info`."""
-
-    num_running: int
-    num_waiting: int
-    num_rows_max: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    block_size: int
-    prefix_bytes_used: int
-    prefix_bytes_total: int
-    num_resident: int
-    num_pinned: int
-    num_preemptions: int
-    residency: ResidencyCounts
 
 
 class AsyncEngine:
@@ -127,10 +109,10 @@ class AsyncEngine:
         self._queued[request_id] = num_tokens
         try:
             token_ids = prompt if isinstance(prompt, list) else await self._tokenise(prompt)
-            for prefixes in members:
-                self._check_context(len(token_ids), sampling_params, prefixes)
-            detokenizer = Detokenizer(self.tokenizer, sampling_params.stop, sampling_params.include_stop)
             start_ids = self._engine.runner.decoder_start_ids
+            for prefixes in members:
+                check_context(self.shape, prefixes, len(token_ids), len(start_ids), sampling_params.max_new_tokens)
+            detokenizer = Detokenizer(self.tokenizer, sampling_params.stop, sampling_params.include_stop)
             sequence = Sequence(request_id, token_ids, sampling_params, detokenizer, members, start_ids)
             stream = RequestStream(sequence, lambda: self._abort(request_id))
             self._engine.check_room(sequence)
@@ -199,21 +181,7 @@ class AsyncEngine:
         return prefix_blocks(layout, self.shape) * self._block_bytes
 
     def stats(self) -> EngineStats:
-        engine = self._engine
-        return EngineStats(
-            num_running=len(engine.scheduler.running),
-            num_waiting=max(0, len(self._streams) - len(engine.scheduler.running)),
-            num_rows_max=engine.scheduler.max_rows,
-            kv_blocks_used=engine.own_allocator.num_used,
-            kv_blocks_total=engine.own_allocator.num_blocks,
-            block_size=BLOCK_SIZE,
-            prefix_bytes_used=engine.prefix_allocator.num_used * self._block_bytes,
-            prefix_bytes_total=engine.prefix_allocator.num_blocks * self._block_bytes,
-            num_resident=engine.residents.num_resident,
-            num_pinned=engine.residents.num_pinned,
-            num_preemptions=engine.scheduler.num_preemptions,
-            residency=replace(engine.residents.counts),
-        )
+        return stats_of(self._engine, len(self._streams))
 
     @property
     def _block_bytes(self) -> int:
@@ -233,39 +201,6 @@ class AsyncEngine:
         if queued_tokens and queued_tokens + num_tokens > self._max_queued_tokens:
             self._metrics.rejected("queue_tokens")
             raise OverloadedError(f"the queue holds {queued_tokens} tokens, its limit is {self._max_queued_tokens}")
-
-    def _check_context(self, num_tokens: int, params: SamplingParams, prefixes: Composition) -> None:
-        if num_tokens == 0:
-            raise PromptTooLongError("the prompt must have at least one token, got 0")
-        layouts = [ref.layout for ref in prefixes]
-        num_encoder, num_decoder, num_cross = (
-            sum(getattr(layout, f"num_{part}_tokens") for layout in layouts) for part in ("encoder", "decoder", "cross")
-        )
-        num_virtual = max(num_encoder, num_decoder, num_cross)
-        if num_virtual > self.shape.max_virtual_tokens:
-            raise PromptTooLongError(
-                f"virtual tokens of {len(prefixes)} prefixes together must be <= {self.shape.max_virtual_tokens}, "
-                f"got {num_virtual}"
-            )
-        if self.shape.is_encoder_decoder:
-            num_start = len(self._engine.runner.decoder_start_ids)
-            if num_encoder + num_tokens > self.max_context:
-                raise PromptTooLongError(
-                    f"encoder: virtual tokens ({num_encoder}) + prompt tokens ({num_tokens}) "
-                    f"must be <= {self.max_context}"
-                )
-            if num_decoder + num_start + params.max_new_tokens > self.max_context:
-                raise PromptTooLongError(
-                    f"decoder: virtual tokens ({num_decoder}) + start tokens ({num_start}) + max_new_tokens "
-                    f"({params.max_new_tokens}) must be <= {self.max_context}"
-                )
-            return
-        num_separators = sum(layout.separator is not None for layout in layouts)
-        if num_decoder + num_tokens + num_separators + params.max_new_tokens > self.max_context:
-            raise PromptTooLongError(
-                f"virtual tokens ({num_decoder}) + prompt tokens ({num_tokens + num_separators}) + max_new_tokens "
-                f"({params.max_new_tokens}) must be <= {self.max_context}"
-            )
 
     async def _tokenise(self, prompt: str) -> list[int]:
         loop = asyncio.get_running_loop()
@@ -332,7 +267,7 @@ class AsyncEngine:
                 continue  # aborted meanwhile
             stream.put(output)
             self._observe(output, now)
-            if output.error is not None or output.token is None or output.token.finish_reason is not None:
+            if output.is_last:
                 self._forget(request_id)
 
     def _observe(self, output: StepOutput, now: float) -> None:

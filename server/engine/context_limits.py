@@ -1,0 +1,43 @@
+"""Does a request fit the model's positions? Known from lengths alone, before anything is loaded."""
+
+from __future__ import annotations
+
+from prefix_store.prefix import ModelShape
+from server.engine.errors import PromptTooLongError
+from server.engine.sequence import Composition
+
+
+def check_context(
+    shape: ModelShape, prefixes: Composition, num_prompt_tokens: int, num_start_tokens: int, max_new_tokens: int
+) -> None:
+    """Raises PromptTooLongError, with what was counted, for a row that could not finish. `num_start_tokens` is what an
+    encoder-decoder's own text begins with."""
+    if num_prompt_tokens == 0:
+        raise PromptTooLongError("the prompt must have at least one token, got 0")
+    limit = shape.max_positions
+    layouts = [ref.layout for ref in prefixes]
+    num_encoder = sum(layout.num_encoder_tokens for layout in layouts)
+    num_decoder = sum(layout.num_decoder_tokens for layout in layouts)
+    num_virtual = max(num_encoder, num_decoder, sum(layout.num_cross_tokens for layout in layouts))
+    if num_virtual > shape.max_virtual_tokens:
+        raise PromptTooLongError(
+            f"virtual tokens of {len(prefixes)} prefixes together must be <= {shape.max_virtual_tokens}, "
+            f"got {num_virtual}"
+        )
+    if shape.is_encoder_decoder:
+        if num_encoder + num_prompt_tokens > limit:
+            raise PromptTooLongError(
+                f"encoder: virtual tokens ({num_encoder}) + prompt tokens ({num_prompt_tokens}) must be <= {limit}"
+            )
+        if num_decoder + num_start_tokens + max_new_tokens > limit:
+            raise PromptTooLongError(
+                f"decoder: virtual tokens ({num_decoder}) + start tokens ({num_start_tokens}) + max_new_tokens "
+                f"({max_new_tokens}) must be <= {limit}"
+            )
+        return
+    num_read = num_prompt_tokens + sum(layout.separator is not None for layout in layouts)
+    if num_decoder + num_read + max_new_tokens > limit:
+        raise PromptTooLongError(
+            f"virtual tokens ({num_decoder}) + prompt tokens ({num_read}) + max_new_tokens "
+            f"({max_new_tokens}) must be <= {limit}"
+        )
