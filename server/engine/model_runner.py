@@ -90,7 +90,7 @@ class ModelRunner:
             self.run(make_batch([row], kv_blocks))
             return
         for part, layers in prefix.parts():
-            table = torch.tensor(resident.blocks(part))
+            table = torch.tensor(resident.part_tables[part])
             for layer, (key, value) in layers.items():
                 tokens = torch.arange(key.shape[1])
                 slots = kv_blocks.slots(table[tokens // BLOCK_SIZE], tokens % BLOCK_SIZE)

@@ -34,15 +34,13 @@ class ResidentPrefix:
     embeddings: torch.Tensor | None = None
     started_s: float = field(default_factory=time.monotonic)
 
-    def blocks(self, part: str) -> list[int]:
-        """The part's share of `block_table`, in which parts follow one another in the order of PARTS."""
+    def __post_init__(self) -> None:
+        self.part_tables: dict[str, list[int]] = {}  # shares of `block_table`, one after another
         start = 0
-        for name in PARTS:
-            end = start + num_blocks_for(getattr(self.ref.layout, f"num_{name}_tokens"))
-            if name == part:
-                return self.block_table[start:end]
+        for part in PARTS:
+            end = start + num_blocks_for(getattr(self.ref.layout, f"num_{part}_tokens"))
+            self.part_tables[part] = self.block_table[start:end]
             start = end
-        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
 
 
 @dataclass

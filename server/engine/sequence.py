@@ -153,7 +153,7 @@ class Row:
         return next((r.embeddings for r in self.residents if r.embeddings is not None), None)
 
     def shared_blocks(self, context: Context) -> list[int]:
-        return [block for span in context.spans for block in self.residents[span.index].blocks(span.part)]
+        return [block for span in context.spans for block in self.residents[span.index].part_tables[span.part]]
 
     def drop_computed(self) -> None:
         """Everything has to be computed again."""
