@@ -47,7 +47,7 @@ class Answer:
             yield output
 
     async def finish(self) -> list[TokenOutput]:
-        return [output async for output in self.outputs()]
+        return [*self.had, *await self.stream.rest()]
 
 
 async def start_answers(
@@ -104,7 +104,7 @@ def _elect(voters: list[RequestStream], outputs: list[list[TokenOutput]], params
 
 
 async def _finish_all(streams: list[RequestStream]) -> list[list[TokenOutput]]:
-    return [[output async for output in stream] for stream in streams]
+    return [await stream.rest() for stream in streams]
 
 
 async def _firsts(streams: list[RequestStream]) -> list[TokenOutput]:

@@ -27,6 +27,10 @@ class StepOutput:
     token: TokenOutput | None = None
     error: EngineError | None = None
 
+    @property
+    def is_last(self) -> bool:
+        return self.token is None or self.token.finish_reason is not None
+
 
 class Engine:
     """Continuous batching over one model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 
@@ -18,12 +19,16 @@ class RequestStream:
     def __init__(self, sequence: Sequence, abort: Callable[[], None]) -> None:
         self._sequence = sequence
         self._abort = abort
-        self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._outputs: deque[StepOutput] = deque()
+        self._has_output = asyncio.Event()
+        self._waits_for_last = False
         self._is_over = False
         self._finished_s: float | None = None
 
     def put(self, output: StepOutput) -> None:
-        self._outputs.put_nowait(output)
+        self._outputs.append(output)
+        if not self._waits_for_last or output.is_last:
+            self._has_output.set()
 
     def fail(self, error: EngineError) -> None:
         self.put(StepOutput(self._sequence, error=error))
@@ -43,7 +48,10 @@ class RequestStream:
         """The next token. Raises the EngineError that ended the row, if one did."""
         if self._is_over:
             raise StopAsyncIteration
-        output = await self._outputs.get()
+        while not self._outputs:
+            self._has_output.clear()
+            await self._has_output.wait()
+        output = self._outputs.popleft()
         if output.error is not None:
             self._end()
             raise output.error
@@ -51,6 +59,14 @@ class RequestStream:
         if output.token.finish_reason is not None:
             self._end()
         return output.token
+
+    async def rest(self) -> list[TokenOutput]:
+        """All tokens that are still to come, in one go: who waits for the last is not woken for each."""
+        self._waits_for_last = True
+        while not self._is_over and not (self._outputs and self._outputs[-1].is_last):
+            self._has_output.clear()
+            await self._has_output.wait()
+        return [output async for output in self]
 
     def abort(self) -> None:
         """Free the row, if it still runs. May be called any number of times."""
