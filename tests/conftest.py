@@ -33,6 +33,12 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two threads wait for each other at every product of a tiny model, the longer the busier the machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model whose answers are varied: 256 bytes and two special tokens, 256 positions."""

@@ -89,3 +89,20 @@ def test_a_penalty_counts_the_prompt_and_every_token_so_far() -> None:
         sequence.append(token_id)
         taken.append(token_id)
     assert taken == [6, 7]
+
+
+def test_log_probabilities_of_sure_members_are_finite() -> None:
+    """A difference of 200 in the logits is nothing as a probability and has no end as its logarithm."""
+    logits = torch.full((2, VOCAB), -200.0)
+    logits[:, 1] = 0.0
+    found = sample(logits, [sequence_of(2, LOGPROBS)])[0]
+    assert [round(value) for _, value in found.top_logprobs] == [0, -200, -200]
+
+
+def test_log_probabilities_are_the_models_whatever_the_penalty() -> None:
+    logits = logits_of(1)
+    plain, penalised = (
+        sample(logits.clone(), [sequence_of(1, replace(LOGPROBS, repetition_penalty=penalty), prompt=(3, 4, 5, 6))])[0]
+        for penalty in (1.0, 4.0)
+    )
+    assert dict(penalised.top_logprobs) == pytest.approx(dict(plain.top_logprobs))
