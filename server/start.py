@@ -24,6 +24,7 @@ from server.api.state import TENANT, AppState
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine, split_pool
+from server.engine.errors import ModelRefusedError
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes
 from server.engine.model_runner import ModelRunner, load_model, measure_shape, native_dtype
 from server.engine.self_check import self_check
@@ -32,6 +33,7 @@ from server.metrics import Metrics
 from server.model_files import ModelFiles, fetch_model, fingerprint
 from server.progress import progress_bar
 
+log = structlog.get_logger()
 DEFAULT_ROW_TOKENS = 1024  # KV memory a row has on average, where `kv_bytes` is not given
 DEFAULT_PREFIX_BYTES = 512 * 2**20
 
@@ -44,15 +46,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         raise StartError(f"device must be cpu, cuda or cuda:N, got {settings.device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StartError(f"device {settings.device!r} was asked for, this torch sees no CUDA device")
-    model = load_model(files.path, native_dtype(settings.dtype, device), device)
-    shape = measure_shape(
-        model,
-        settings.model_name or files.name,
-        fingerprint(files.path),
-        settings.model_alias,
-        settings.max_virtual_tokens,
-    )
-    self_check(model, shape)
+    model, shape = _checked_model(settings, files, device)
     num_blocks, num_prefix_blocks = _pool(settings, shape)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, device))
     tokenizer = AutoTokenizer.from_pretrained(files.path)
@@ -77,6 +71,28 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         store=store,
         metrics=metrics,
     )
+
+
+def _checked_model(settings: Settings, files: ModelFiles, device: torch.device) -> tuple[Any, ModelShape]:
+    """With reordered weights, or with the model's own modules where only these pass. Raises ModelRefusedError."""
+    for reorders in (True, False):
+        model = load_model(files.path, native_dtype(settings.dtype, device), device, reorders=reorders)
+        shape = measure_shape(
+            model,
+            settings.model_name or files.name,
+            fingerprint(files.path),
+            settings.model_alias,
+            settings.max_virtual_tokens,
+        )
+        try:
+            self_check(model, shape)
+        except ModelRefusedError as error:
+            if not reorders:
+                raise
+            log.warning("weights_not_reordered", reason=str(error))
+        else:
+            break
+    return model, shape
 
 
 def run(settings: Settings, console: Console, examples: Path | None = None) -> None:

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from prefix_store.native_format import read_native, write_native
 from prefix_store.prefix import ModelShape, Prefix
-from server.engine.attention import NAME
-from server.engine.model_runner import measure_shape
+from server.engine.model_runner import load_model, measure_shape
 from tests import naive
 from tests.cases import NEW_TOKENS, Case, run_ours, wrong
 from tests.tiny_models import FAMILIES, HIDDEN, VOCAB
@@ -71,7 +70,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     torch.manual_seed(6)
     folder = tmp_path_factory.mktemp(request.param)
     AutoModelForCausalLM.from_config(FAMILIES[request.param]()).float().save_pretrained(folder)
-    ours = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=NAME).eval()
+    ours = load_model(folder, torch.float32, torch.device("cpu"))
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=naive.NAME).eval()
     shape = replace(measure_shape(ours, "tiny", "none"), max_virtual_tokens=64)
     prefixes = make_prefixes(shape)

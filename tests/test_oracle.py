@@ -27,11 +27,10 @@ from transformers import AutoModelForCausalLM
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import Prefix
 from server.engine import batch
-from server.engine.attention import NAME
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, split_pool
 from server.engine.kv_blocks import KVBlocks
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_runner import ModelRunner, load_model, measure_shape
 from server.engine.resident_prefixes import ResidentPrefix
 from server.engine.sampling_params import SamplingParams
 from server.engine.self_check import self_check
@@ -74,14 +73,15 @@ class Case:
     logits: torch.Tensor  # [NEW_TOKENS, VOCAB]
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=[(name, reorders) for name in FAMILIES for reorders in (True, False)], ids=str)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, list[Case]]:
     """The model with our attention, its shape, and the cases."""
     torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp(request.param)
-    config = FAMILIES[request.param]()
+    name, reorders = request.param
+    folder = tmp_path_factory.mktemp(name)
+    config = FAMILIES[name]()
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder / "model")
-    ours = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation=NAME).eval()
+    ours = load_model(folder / "model", torch.float32, torch.device("cpu"), reorders=reorders)
     shape = replace(measure_shape(ours, "tiny", "none"), max_virtual_tokens=64)
     self_check(ours, shape)
     cases = []

@@ -14,6 +14,7 @@ from server.engine.attention import NAME
 from server.engine.batch import Batch, Keys, PackedRow, attending, batch_of, make_batch
 from server.engine.errors import ModelRefusedError, PrefixFaultError
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for, prefix_blocks
+from server.engine.linear import reorder_weights
 from server.engine.model_families import prepare
 from server.engine.resident_prefixes import ResidentPrefix
 from server.engine.sequence import Context, PrefixRef, Row
@@ -122,8 +123,16 @@ def model_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> Any:
-    """A frozen transformers decoder that calls our attention. Raises ModelRefusedError for one that cannot."""
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    *,
+    reorders: bool = True,
+) -> Any:
+    """A frozen transformers model that calls our attention, on a CPU with its weights reordered. Raises
+    ModelRefusedError for one that cannot."""
     config = AutoConfig.from_pretrained(path, revision=revision)
     try:
         model: Any = model_class(config).from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
@@ -134,7 +143,10 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, revis
             prepare(model)
         except (AttributeError, TypeError) as error:  # modules of another make than those that it knows
             raise ModelRefusedError(f"{config.model_type} does not take packed streams: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if reorders:
+        reorder_weights(model)
+    return model
 
 
 def _decoder_start_ids(model: Any) -> tuple[int, ...]:
