@@ -33,10 +33,12 @@ class Vote:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer as it comes. `had` have come before: so an error before them still has its status code."""
+    """One answer as it comes, and the seed that gives it again. `had` have come before: so an error before them still
+    has its status code."""
 
     stream: RequestStream
     had: tuple[TokenOutput, ...]
+    seed: int | None
     votes: tuple[Vote, ...] = ()
 
     async def outputs(self) -> AsyncIterator[TokenOutput]:
@@ -73,7 +75,7 @@ async def start_answers(
         for one in params:
             await admit(one, target.members)
         firsts = await while_connected(request, _firsts(streams))
-        return [Answer(stream, (first,)) for stream, first in zip(streams, firsts, strict=True)]
+        return [Answer(stream, (first,), one.seed) for stream, first, one in zip(streams, firsts, params, strict=True)]
     except BaseException:
         for stream in streams:
             stream.abort()
@@ -81,8 +83,8 @@ async def start_answers(
 
 
 def _voter(params: SamplingParams, index: int) -> SamplingParams:
-    """Each member samples for itself; the probabilities that break a tie are asked of all."""
-    seed = None if params.seed is None else params.seed + index
+    """Each member samples for itself, in every choice; the probabilities that break a tie are asked of all."""
+    seed = None if params.seed is None else (params.seed + (index << 32)) % 2**64
     return replace(params, num_top_logprobs=params.num_top_logprobs or 0, seed=seed)
 
 
@@ -100,7 +102,7 @@ def _elect(voters: list[RequestStream], outputs: list[list[TokenOutput]], params
     had = outputs[best]
     if params.num_top_logprobs is None:  # the caller did not ask
         had = [replace(output, logprob=None) for output in had]
-    return Answer(voters[best], tuple(had), tuple(votes))
+    return Answer(voters[best], tuple(had), params.seed, tuple(votes))
 
 
 async def _finish_all(streams: list[RequestStream]) -> list[list[TokenOutput]]:

@@ -90,7 +90,7 @@ def _details(answer: Answer, target: Target) -> dict[str, Any]:
     return {
         "finish_reason": stream.finish_reason,
         "generated_tokens": stream.num_generated_tokens,
-        "seed": stream.seed,
+        "seed": answer.seed,
         "task": target.task,
         "version": target.version,
         "prompt_tokens": stream.num_prompt_tokens,

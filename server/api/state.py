@@ -176,8 +176,7 @@ class AppState:
 
     async def preload(self, version: Version) -> None:
         """Make it resident. Raises the engine's errors."""
-        for ref in refs_of(version):
-            await self.engine.preload(ref)
+        await self.engine.preload(refs_of(version))
 
     def row_id(self, request_id: str) -> str:
         """An id of a row of its own, whatever id the client chose for its request."""

@@ -17,7 +17,7 @@ from server.engine.context_limits import check_context
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
 from server.engine.engine_stats import EngineStats, stats_of
-from server.engine.errors import GenerationError, OverloadedError, PrefixFaultError
+from server.engine.errors import GenerationError, OverloadedError, PrefixFaultError, QueueTimeoutError
 from server.engine.kv_blocks import block_bytes, prefix_blocks
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
@@ -147,16 +147,17 @@ class AsyncEngine:
         if num_bytes > available:
             raise PrefixFaultError(f"{num_bytes} bytes of prefix memory are needed together, the pool has {available}")
 
-    async def preload(self, ref: PrefixRef) -> None:
-        """Make a prefix resident. Raises PrefixLoadError, or OverloadedError when held prefixes leave no room."""
-        if not await self._call(lambda: self._engine.residents.preload(ref)):
+    async def preload(self, refs: tuple[PrefixRef, ...]) -> None:
+        """Make prefixes resident, all or none. Raises as `ResidentPrefixes.preload`, or OverloadedError when held
+        prefixes leave no room."""
+        if not await self._call(lambda: self._engine.residents.preload(refs)):
             raise OverloadedError("no room for the prefix: all resident ones are in use or pinned")
-        while await self._call(lambda: self._is_loading(ref.digest)):
+        while await self._call(lambda: any([self._is_loading(ref.digest) for ref in refs])):
             await asyncio.sleep(0.01)
 
     async def pin(self, ref: PrefixRef) -> None:
         """Make a prefix resident and keep it so."""
-        await self.preload(ref)
+        await self.preload((ref,))
         await self._call(lambda: self._engine.residents.pin(ref.digest))
 
     async def unpin(self, ref: PrefixRef) -> None:
@@ -274,7 +275,7 @@ class AsyncEngine:
         sequence = output.sequence
         if output.error is not None or output.token is None:
             if isinstance(output.error, OverloadedError):
-                self._metrics.rejected("queue_time")
+                self._metrics.rejected("queue_time" if isinstance(output.error, QueueTimeoutError) else "pinned_room")
             self._metrics.request_finished("error")
             return
         previous_s = self._tokens_at_s.get(sequence.request_id)

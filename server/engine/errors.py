@@ -5,6 +5,7 @@ EngineError
  +- PromptTooLongError     prompt, virtual tokens and new tokens do not fit the context or the pool
  +- OverloadedError        the queue is full; try again after `retry_after_s`
  |   +- QueueTimeoutError  waited longer than the queue allows
+ |   +- PinnedRoomError    pinned prefixes leave no room for this one
  +- PrefixLoadError        the prefix could not be made resident
  +- PrefixFaultError       the prefix gives logits that are not finite, or does not fit the pool
  +- GenerationError        the row failed at run time
@@ -32,6 +33,10 @@ class OverloadedError(EngineError):
 
 
 class QueueTimeoutError(OverloadedError):
+    pass
+
+
+class PinnedRoomError(OverloadedError):
     pass
 
 

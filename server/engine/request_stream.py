@@ -108,10 +108,6 @@ class RequestStream:
         return self._sequence.num_generated_tokens
 
     @property
-    def seed(self) -> int | None:
-        return self._sequence.sampling_params.seed
-
-    @property
     def queue_s(self) -> float:
         started_s = self._sequence.started_s
         return 0.0 if started_s is None else started_s - self._sequence.arrival_s

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from prefix_store.prefix import PARTS, Layout
-from server.engine.errors import PrefixFaultError, PrefixLoadError
+from server.engine.errors import PinnedRoomError, PrefixFaultError, PrefixLoadError
 from server.engine.kv_blocks import BlockAllocator, num_blocks_for
 from server.engine.sequence import PrefixRef
 
@@ -74,31 +74,50 @@ class ResidentPrefixes:
         self._failures: dict[str, tuple[float, str]] = {}  # digest -> (when, why)
         self.counts = ResidencyCounts()
 
-    def acquire(self, ref: PrefixRef, *, may_load: bool = True) -> ResidentPrefix | None:
-        """Hold a prefix, loading it if it is cold and it `may_load`. None: not now, ask again. Check `state` before
-        using it.
+    def acquire(self, refs: Collection[PrefixRef], *, may_load: bool = True) -> list[ResidentPrefix] | None:
+        """Hold prefixes, all or none, loading the cold ones if they `may_load`. None: not now, ask again. Check `state`
+        before using one.
 
-        Raises PrefixLoadError while a failed load is remembered, PrefixFaultError if it can never fit.
+        Raises as `preload`.
         """
-        resident = self._residents.get(ref.digest)
-        if resident is None:
-            resident = self._load(ref) if may_load else None
-            if resident is None:
-                return None
-            self.counts.num_misses += 1
-        else:
-            self.counts.num_hits += 1
-        self._residents.move_to_end(ref.digest)
-        resident.ref_count += 1
-        return resident
+        num_cold = sum(ref.digest not in self._residents for ref in refs)
+        if num_cold and not (may_load and self.preload(refs)):
+            return None
+        self.counts.num_misses += num_cold
+        self.counts.num_hits += len(refs) - num_cold
+        found = []
+        for ref in refs:
+            self._residents.move_to_end(ref.digest)
+            found.append(self._residents[ref.digest])
+            found[-1].ref_count += 1
+        return found
 
     def release(self, resident: ResidentPrefix) -> None:
         assert resident.ref_count > 0
         resident.ref_count -= 1
 
-    def preload(self, ref: PrefixRef) -> bool:
-        """Start loading a cold prefix if there is room. True: it is resident or on its way."""
-        return ref.digest in self._residents or self._load(ref) is not None
+    def preload(self, refs: Collection[PrefixRef]) -> bool:
+        """Start loading what is cold of `refs` if there is room for all. True: they are resident or on their way.
+
+        Raises PrefixLoadError while a failed load is remembered, PrefixFaultError if they can never fit together,
+        PinnedRoomError if they cannot beside what is pinned.
+        """
+        wanted = {ref.digest: ref for ref in refs}
+        cold = [ref for digest, ref in wanted.items() if digest not in self._residents]
+        if not cold:
+            return True
+        for ref in cold:
+            failure = self.failure(ref.digest)
+            if failure is not None:
+                raise failure
+        self._check_fit(wanted)
+        if not self._make_room(wanted, cold):
+            return False
+        for ref in cold:
+            resident = ResidentPrefix(ref, self._allocator.allocate(self._num_blocks_of(ref.layout)))
+            self._residents[ref.digest] = resident
+            self._start_load(resident)
+        return True
 
     def pin(self, digest: str) -> None:
         self._pinned.add(digest)
@@ -147,7 +166,8 @@ class ResidentPrefixes:
 
     @property
     def num_pinned(self) -> int:
-        return sum(1 for digest, r in self._residents.items() if r.ref_count or digest in self._pinned)
+        # It is read from other threads too: the tuple is made in one go.
+        return sum(1 for digest, r in tuple(self._residents.items()) if r.ref_count or digest in self._pinned)
 
     @property
     def num_references(self) -> int:
@@ -162,30 +182,30 @@ class ResidentPrefixes:
         assert len(used) == self._allocator.num_used, "a block leaked"
         assert all(resident.ref_count >= 0 for resident in self._residents.values())
 
-    def _load(self, ref: PrefixRef) -> ResidentPrefix | None:
-        failure = self.failure(ref.digest)
-        if failure is not None:
-            raise failure
-        needed = self._num_blocks_of(ref.layout)
-        if needed > self._allocator.num_blocks:
-            raise PrefixFaultError(
-                f"a prefix of {ref.layout.num_virtual_tokens} virtual tokens needs {needed} blocks, "
-                f"the prefix pool has {self._allocator.num_blocks}"
+    def _check_fit(self, wanted: Mapping[str, PrefixRef]) -> None:
+        """Could they be resident together, once nobody holds anything else?"""
+        needed, num_blocks = self._num_blocks(wanted.values()), self._allocator.num_blocks
+        if needed > num_blocks:
+            raise PrefixFaultError(f"{len(wanted)} prefixes need {needed} blocks, the prefix pool has {num_blocks}")
+        pinned = [r.ref for digest in self._pinned - set(wanted) if (r := self._residents.get(digest)) is not None]
+        num_left = num_blocks - self._num_blocks(pinned)
+        if needed > num_left:
+            raise PinnedRoomError(
+                f"{len(wanted)} prefixes need {needed} blocks of prefix memory, "
+                f"pinned ones leave {num_left} of {num_blocks}"
             )
-        if not self._make_room(needed):
-            return None
-        resident = ResidentPrefix(ref, self._allocator.allocate(needed))
-        self._residents[ref.digest] = resident
-        self._start_load(resident)
-        return resident
 
-    def _make_room(self, num_blocks: int) -> bool:
-        missing = num_blocks - self._allocator.num_free
+    def _num_blocks(self, refs: Iterable[PrefixRef]) -> int:
+        return sum(self._num_blocks_of(ref.layout) for ref in refs)
+
+    def _make_room(self, wanted: Mapping[str, PrefixRef], cold: list[PrefixRef]) -> bool:
+        """Evict what is not `wanted`, the least recently used first, until the `cold` fit."""
+        missing = self._num_blocks(cold) - self._allocator.num_free
         victims: list[str] = []
         for digest, resident in self._residents.items():
             if missing <= 0:
                 break
-            if resident.ref_count or resident.state == "loading" or digest in self._pinned:
+            if digest in wanted or resident.ref_count or resident.state == "loading" or digest in self._pinned:
                 continue
             victims.append(digest)
             missing -= len(resident.block_table)

@@ -53,7 +53,12 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sample]:
 def _mean(logits: torch.Tensor, num_rows: list[int]) -> torch.Tensor:
     """Log-probabilities `[sequences, vocab_size]`; the logits as they are of those with one row."""
     pieces = torch.split(logits.float(), num_rows)
-    return torch.stack([piece[0] if len(piece) == 1 else torch.softmax(piece, -1).mean(0).log() for piece in pieces])
+    return torch.stack([piece[0] if len(piece) == 1 else _log_of_mean(piece) for piece in pieces])
+
+
+def _log_of_mean(logits: torch.Tensor) -> torch.Tensor:
+    """`[vocab_size]`, finite also where every probability is too small for its type."""
+    return torch.log_softmax(logits, -1).logsumexp(0) - math.log(len(logits))
 
 
 def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
@@ -63,7 +68,7 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
         seen = torch.tensor(sorted(set(sequence.seen_token_ids)), device=logits.device)
         values = logits[seen]
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
+        logits = logits.index_put((seen,), torch.where(values < 0, values * penalty, values / penalty))
     if not params.do_sample:
         return int(logits.argmax())
     logits = logits / params.temperature

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from server.engine.errors import EngineError, QueueTimeoutError
 from server.engine.kv_blocks import BlockAllocator, num_blocks_for
@@ -166,13 +167,14 @@ class Scheduler:
             failure = self._residents.failure(lost.ref.digest)
             if failure is not None:
                 raise failure
+        elif held:
+            return True
+        found = self._residents.acquire([ref for row in sequence.rows for ref in row.prefixes], may_load=may_load)
+        if found is None:
+            return False
+        rest = iter(found)
         for row in sequence.rows:
-            for ref in row.prefixes[len(row.residents) :]:
-                acquired = self._residents.acquire(ref, may_load=may_load)
-                if acquired is None:
-                    self._release_prefixes(sequence)
-                    return False
-                row.residents.append(acquired)
+            row.residents = list(islice(rest, len(row.prefixes)))
         return True
 
     def _release_prefixes(self, sequence: Sequence) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from prefix_store.prefix import ModelShape, Prefix
 from server.engine.attention import NAME
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput, split_pool
-from server.engine.errors import PrefixLoadError
+from server.engine.errors import PinnedRoomError, PrefixLoadError
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks
 from server.engine.model_families import prepare
 from server.engine.model_runner import ModelRunner, measure_shape
@@ -251,3 +253,65 @@ def test_a_preempted_ensemble_gives_back_all_its_rows_and_keeps_its_prefixes(lla
         assert all(output.error is None for output in engine.step())
     assert ensemble.num_generated_tokens == 3
     assert engine.own_allocator.num_free == 4
+
+
+def test_waiting_for_room_counts_no_hit_and_loads_nothing(llama: Any) -> None:
+    shape = measure_shape(llama, "tiny", "none")
+    prefixes = {name: kv(shape, 5) for name in "abc"}
+    refs = refs_of(prefixes)
+    engine = make_engine(llama, prefixes, prefix_blocks=2)
+    running = make_sequence(engine, "running", 6, ((refs["a"],),))
+    both = make_sequence(engine, "both", 6, ((refs["b"], refs["c"]),))
+    for sequence in (running, both):
+        engine.add(sequence)
+    while running.finish_reason is None:
+        step(engine)
+        assert engine.residents.num_resident == 1
+    finish(engine)
+    counts = engine.residents.counts
+    assert (counts.num_hits, counts.num_misses, counts.num_loads) == (0, 3, 3)
+
+
+def test_what_has_no_room_beside_pinned_prefixes_fails_and_those_behind_load(llama: Any) -> None:
+    shape = measure_shape(llama, "tiny", "none")
+    prefixes = {name: kv(shape, 5) for name in "abc"}
+    refs = refs_of(prefixes)
+    engine = make_engine(llama, prefixes, prefix_blocks=2)
+    assert engine.residents.preload([refs["a"]])
+    engine.residents.pin("a")
+    pair = make_sequence(engine, "pair", 6, ((refs["b"],), (refs["c"],)))
+    with_pinned = make_sequence(engine, "with pinned", 6, ((refs["a"], refs["c"]),))
+    for sequence in (pair, with_pinned):
+        engine.add(sequence)
+    (failed,) = step(engine)
+    assert failed.sequence is pair
+    assert isinstance(failed.error, PinnedRoomError)
+    finish(engine)
+    assert with_pinned.num_generated_tokens == 3
+
+
+def test_the_count_of_pinned_prefixes_may_be_read_while_they_change(llama: Any) -> None:
+    """The server's gauges read it beside the step's thread."""
+    shape = measure_shape(llama, "tiny", "none")
+    prefixes = {f"p{i}": kv(shape, 1) for i in range(60)}
+    residents = make_engine(llama, prefixes).residents
+    refs = list(refs_of(prefixes).values())
+    assert residents.preload(refs)
+    is_over = threading.Event()
+
+    def use() -> None:
+        while not is_over.is_set():
+            for resident in residents.acquire(refs) or ():
+                residents.release(resident)
+
+    user = threading.Thread(target=use)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    user.start()
+    try:
+        for _ in range(500):
+            assert residents.num_pinned <= 60
+    finally:
+        is_over.set()
+        user.join()
+        sys.setswitchinterval(interval_s)
