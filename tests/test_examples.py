@@ -56,7 +56,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     is_default = request.param == "default"
     model_path = find_model(None).path if is_default else folder / "model"
     options = [] if is_default else ["--model", str(model_path), "--model-alias", "phonemes-t5"]
-    options += ["--dtype", "float32", "--publish-examples", str(folder / "prefixes")]
+    options += ["--dtype", "float32", "--max-queue-s", "600", "--publish-examples", str(folder / "prefixes")]
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     kind = AutoModelForCausalLM if is_default else AutoModelForSeq2SeqLM
     with running(tmp_path_factory.mktemp(request.param) / "data", *options) as program:
