@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,15 @@ from peft import (
 from transformers import AutoModelForCausalLM
 
 from prefix_store.peft_format import read_peft
-from prefix_store.prefix import Prefix
+from prefix_store.prefix import ModelShape, Prefix
 from server.engine import batch
-from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
 from server.engine.kv_blocks import KVBlocks
 from server.engine.model_runner import ModelRunner, load_model, measure_shape
 from server.engine.resident_prefixes import ResidentPrefix
-from server.engine.sampling_params import SamplingParams
 from server.engine.self_check import self_check
-from server.engine.sequence import PrefixRef, Row, Sequence
-from tests.tiny_models import FAMILIES, VOCAB, letter_tokenizer
-
-NEW_TOKENS, TIE = 32, 1e-3
+from server.engine.sequence import PrefixRef, Row
+from tests.cases import NEW_TOKENS, Case, run_ours, wrong
+from tests.tiny_models import FAMILIES, VOCAB
 
 CAUSAL = TaskType.CAUSAL_LM
 TYPES: dict[str, Callable[[], Any]] = {
@@ -62,20 +58,12 @@ TYPES: dict[str, Callable[[], Any]] = {
 MULTITASK_INDEX = 2
 
 
-@dataclass
-class Case:
-    """One task's prompt and what PEFT answers to it, alone."""
-
-    task: str
-    prompt: list[int]
-    prefix: Prefix | None
-    tokens: list[int]
-    logits: torch.Tensor  # [NEW_TOKENS, VOCAB]
+World = tuple[Any, ModelShape, dict[str, Prefix], list[Case]]
 
 
 @pytest.fixture(scope="module", params=[(name, reorders) for name in FAMILIES for reorders in (True, False)], ids=str)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, list[Case]]:
-    """The model with our attention, its shape, and the cases."""
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The model with our attention, its shape, the prefixes and the cases."""
     torch.manual_seed(3)
     name, reorders = request.param
     folder = tmp_path_factory.mktemp(name)
@@ -84,17 +72,20 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     ours = load_model(folder / "model", torch.float32, torch.device("cpu"), reorders=reorders)
     shape = replace(measure_shape(ours, "tiny", "none"), max_virtual_tokens=64)
     self_check(ours, shape)
-    cases = []
+    prefixes, cases = {}, []
     for i, task in enumerate([*TYPES, None]):
         prompt = torch.randint(3, VOCAB, (3 + 4 * i % 17,)).tolist()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            cases.append(_case(task, prompt, folder, shape))
+            case, prefix = _case(task, prompt, folder, shape)
+        cases.append(case)
+        if prefix is not None:
+            prefixes[case.name] = prefix
     gc.collect()
-    return ours, shape, cases
+    return ours, shape, prefixes, cases
 
 
-def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> Case:
+def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> tuple[Case, Prefix | None]:
     reference: Any = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
     prefix, more = None, {}
     if task is not None:
@@ -125,73 +116,33 @@ def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> Case
         )
     tokens = out.sequences[0, len(prompt) :].tolist()
     assert len(tokens) == NEW_TOKENS
-    return Case(task or "bare", prompt, prefix, tokens, torch.cat(out.logits).float())
+    members = ((task,),) if task else ((),)
+    return Case(task or "bare", prompt, members, tokens, torch.cat(out.logits).float()), prefix
 
 
-def run_ours(model: Any, shape: Any, cases: list[Case], prefixes: dict[str, Prefix]) -> list[list[int]]:
-    """All cases in one engine, arriving one a step, the long ones in chunks."""
-    tokenizer = letter_tokenizer()
-    num_blocks, num_prefix_blocks = split_pool(2048, 512)
-    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu")))
-    engine = Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=16)
-    rows = []
-    for case in cases:
-        members = ((PrefixRef(case.task, prefixes[case.task].layout),),) if case.task in prefixes else ((),)
-        params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-        rows.append(Sequence(case.task, case.prompt, params, Detokenizer(tokenizer), members))
-    arriving = list(rows)
-    while arriving or engine.has_work:
-        if arriving:
-            engine.add(arriving.pop(0))
-        for output in engine.step():
-            assert output.error is None, output.error
-        engine.check_integrity()
-    return [row.output_token_ids for row in rows]
-
-
-def wrong(cases: list[Case], answers: list[list[int]]) -> list[str]:
-    """Cases whose first difference from PEFT is not a tie."""
-    found = []
-    for case, answer in zip(cases, answers, strict=True):
-        for i, (ours, theirs) in enumerate(zip(answer, case.tokens, strict=True)):
-            if ours == theirs:
-                continue
-            best = case.logits[i].topk(2).values
-            if float(best[0] - best[1]) < TIE:
-                print(f"tie: {case.task} at token {i}, {float(best[0] - best[1]):.2g}")
-            else:
-                found.append(f"{case.task} at token {i}: {ours} for {theirs}")
-            break
-    return found
-
-
-def prefixes_of(cases: list[Case]) -> dict[str, Prefix]:
-    return {case.task: case.prefix for case in cases if case.prefix is not None}
-
-
-def test_the_references_answers_can_prove_something(family: tuple[Any, Any, list[Case]]) -> None:
-    _, _, cases = family
+def test_the_references_answers_can_prove_something(family: World) -> None:
+    _, _, _, cases = family
     assert len({token for case in cases for token in case.tokens}) >= 8
     assert len({tuple(case.tokens) for case in cases}) == len(cases)
 
 
-def test_mixed_tokens_equal_peft_alone(family: tuple[Any, Any, list[Case]]) -> None:
-    model, shape, cases = family
-    assert not wrong(cases, run_ours(model, shape, cases, prefixes_of(cases)))
+def test_mixed_tokens_equal_peft_alone(family: World) -> None:
+    model, shape, prefixes, cases = family
+    assert not wrong(cases, run_ours(model, shape, cases, prefixes))
 
 
-def test_first_step_logits_equal_peft(family: tuple[Any, Any, list[Case]]) -> None:
-    model, shape, cases = family
+def test_first_step_logits_equal_peft(family: World) -> None:
+    model, shape, prefixes, cases = family
     kv_blocks = KVBlocks(shape, 64, torch.device("cpu"))
     runner = ModelRunner(model, shape, kv_blocks)
     free = iter(range(1, 64))
     rows = []
     for case in cases:
         row = Row((), case.prompt, (), 1)
-        if case.prefix is not None:
-            ref = PrefixRef(case.task, case.prefix.layout)
+        if case.name in prefixes:
+            ref = PrefixRef(case.name, prefixes[case.name].layout)
             resident = ResidentPrefix(ref, [next(free)])
-            runner.load(case.prefix, resident)
+            runner.load(prefixes[case.name], resident)
             row = Row((ref,), case.prompt, (), 1)
             row.residents = [resident]
         row.block_table = [next(free), next(free)]
@@ -200,27 +151,27 @@ def test_first_step_logits_equal_peft(family: tuple[Any, Any, list[Case]]) -> No
     logits = runner.run(batch.batch_of(rows, set(rows), kv_blocks))
     for case, found in zip(cases, logits, strict=True):
         assert float((found - case.logits[0]).abs().max()) < 1e-4 * max(1.0, float(case.logits[0].abs().max())), (
-            case.task
+            case.name
         )
 
 
-def test_swapped_prefixes_are_noticed(family: tuple[Any, Any, list[Case]]) -> None:
-    model, shape, cases = family
-    prefixes = prefixes_of(cases)
+def test_swapped_prefixes_are_noticed(family: World) -> None:
+    model, shape, prefixes, cases = family
+    prefixes = dict(prefixes)
     prefixes["prefix"], prefixes["cartridge"] = prefixes["cartridge"], prefixes["prefix"]
     assert wrong(cases, run_ours(model, shape, cases, prefixes))
 
 
-def test_a_dropped_virtual_token_is_noticed(family: tuple[Any, Any, list[Case]]) -> None:
-    model, shape, cases = family
-    prefixes = prefixes_of(cases)
+def test_a_dropped_virtual_token_is_noticed(family: World) -> None:
+    model, shape, prefixes, cases = family
+    prefixes = dict(prefixes)
     layers = {i: (k[:, :-1], v[:, :-1]) for i, (k, v) in prefixes["prefix"].layers.items()}
     prefixes["prefix"] = replace(prefixes["prefix"], layers=layers)
     assert [case for case in wrong(cases, run_ours(model, shape, cases, prefixes)) if case.startswith("prefix")]
 
 
-def test_shifted_positions_are_noticed(family: tuple[Any, Any, list[Case]], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shape, cases = family
+def test_shifted_positions_are_noticed(family: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shape, prefixes, cases = family
     made = batch.batch_of
 
     def shifted(*args: Any) -> batch.Batch:
@@ -230,4 +181,4 @@ def test_shifted_positions_are_noticed(family: tuple[Any, Any, list[Case]], monk
         return replace(found, position_ids=far)
 
     monkeypatch.setattr("server.engine.engine.batch_of", shifted)
-    assert wrong(cases, run_ours(model, shape, cases, prefixes_of(cases)))
+    assert wrong(cases, run_ours(model, shape, cases, prefixes))
