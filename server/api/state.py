@@ -36,6 +36,13 @@ def refs_of(version: Version) -> tuple[PrefixRef, ...]:
     return (PrefixRef(version.digest, version.content),)
 
 
+def _owners(version: Version) -> dict[str, str]:
+    """By digest, the task whose version each of `refs_of` is."""
+    if isinstance(version.content, Ensemble):
+        return {member.digest: member.task for member in version.content.members}
+    return {version.digest: version.task}
+
+
 @dataclass(frozen=True)
 class Target:
     """What a request runs on: rows, each behind a composition. No versions: the bare model.
@@ -77,7 +84,7 @@ class AppState:
     _pinned: dict[str, PrefixRef] = field(default_factory=dict)
     _pinning: asyncio.Lock = field(default_factory=asyncio.Lock)
     _evictions: set[asyncio.Task[None]] = field(default_factory=set)
-    _labels: OrderedDict[str, str] = field(default_factory=OrderedDict)  # digest -> the task that last used it
+    _labels: OrderedDict[str, str] = field(default_factory=OrderedDict)  # digest -> of its tasks the last in use
 
     @property
     def model_name(self) -> str:
@@ -105,10 +112,10 @@ class AppState:
         else:
             check_composition(versions)
             target = Target(task, versions, (tuple(ref for (ref,) in refs),))
-        for version, seen in zip(versions, refs, strict=True):
-            for ref in seen:
-                self._labels[ref.digest] = version.task
-                self._labels.move_to_end(ref.digest)
+        for version in versions:
+            for digest, owner in _owners(version).items():
+                self._labels[digest] = owner
+                self._labels.move_to_end(digest)
         while len(self._labels) > MAX_LABELS:
             self._labels.popitem(last=False)
         return target
@@ -145,16 +152,20 @@ class AppState:
                     self._pinned[digest] = wanted[digest]
 
     async def free(self, versions: Iterable[Version]) -> None:
-        """Give back the device memory of deleted versions, of those in use when their last row has finished."""
-        for digest in {ref.digest for version in versions for ref in refs_of(version)}:
-            if not await asyncio.to_thread(self.store.has_file, digest):
-                self._labels.pop(digest, None)
-                task = asyncio.create_task(self._evict_when_unused(digest))
-                self._evictions.add(task)
-                task.add_done_callback(self._evictions.discard)
+        """Give back the device memory of deleted versions, of those in use when their last row has finished. An
+        ensemble has none of its own: its members are versions too."""
+        for version in versions:
+            if self._labels.get(version.digest) == version.task:
+                del self._labels[version.digest]
+            task = asyncio.create_task(self._evict_when_unused(version.digest))
+            self._evictions.add(task)
+            task.add_done_callback(self._evictions.discard)
 
     async def _evict_when_unused(self, digest: str) -> None:
-        while self.engine.residency(digest) != "cold" and not await self.engine.evict(digest):
+        """Its content may be published again meanwhile: then it stays."""
+        while self.engine.residency(digest) != "cold" and not await asyncio.to_thread(self.store.has_file, digest):
+            if await self.engine.evict(digest):
+                return
             await asyncio.sleep(0.1)
 
     def residency(self, version: Version) -> str:

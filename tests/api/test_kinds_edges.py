@@ -153,16 +153,16 @@ def test_all_members_become_resident_or_the_call_fails(tight: Served, call: str)
 def test_content_that_comes_back_while_its_last_row_runs_stays(served: Served) -> None:
     """A delete waits for the row; meanwhile the same content is uploaded and pinned."""
     served.put("phoenix", native(140))
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(served.generate, "x", "phoenix", max_new_tokens=240, ignore_eos=True)
-        while not served.state.engine.stats().num_running:
-            assert not running.done()
+    with ThreadPoolExecutor(14) as pool:
+        running = [pool.submit(served.generate, "x", "phoenix", max_new_tokens=240, ignore_eos=True) for _ in range(14)]
+        while (stats := served.state.engine.stats()).num_running + stats.num_waiting < len(running):
+            assert not any(future.done() for future in running)
             time.sleep(0.001)
         assert served.http.delete("/v1/prefixes/phoenix").status_code == 204
         served.put("phoenix", native(140))
         assert served.http.post("/v1/prefixes/phoenix/pin").status_code == 200
-        assert not running.done()
-        assert running.result().status_code == 200
+        assert not all(future.done() for future in running)
+        assert {future.result().status_code for future in running} == {200}
     time.sleep(0.3)
     assert served.http.get("/v1/prefixes/phoenix").json()["residency"] == "resident"
     served.http.post("/v1/prefixes/phoenix/unpin")
