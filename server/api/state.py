@@ -62,11 +62,6 @@ class Target:
             return self.versions[0].version
         return ",".join(str(version.version) for version in self.versions) or None
 
-    @property
-    def num_virtual_tokens(self) -> int:
-        """Of the row with the most."""
-        return max(sum(ref.layout.num_virtual_tokens for ref in prefixes) for prefixes in self.members)
-
 
 @dataclass(eq=False)
 class AppState:
