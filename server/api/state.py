@@ -17,6 +17,7 @@ from prefix_store.prefix import Layout
 from prefix_store.registry import Version
 from prefix_store.store import PrefixStore
 from server.api.errors import RequestError
+from server.api.schemas import MAX_PARTS
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.engine.errors import EngineError, OverloadedError
@@ -99,6 +100,9 @@ class AppState:
         parts that do not go together."""
         if name is None:
             return Target()
+        num_parts = 1 + name.count(",")
+        if num_parts > MAX_PARTS:
+            raise RequestError(422, f"a composition has <= {MAX_PARTS} parts, got {num_parts}", "task")
         versions = tuple([await asyncio.to_thread(self.store.resolve, TENANT, part) for part in name.split(",")])
         task = ",".join(version.task for version in versions)
         refs = [refs_of(version) for version in versions]

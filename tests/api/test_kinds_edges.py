@@ -88,7 +88,8 @@ def test_a_deleted_task_gives_up_its_label_where_another_has_the_same_content(se
 
 def test_an_ensemble_is_matched_with_the_model_as_its_worst_member(served: Served) -> None:
     served.put("of-nothing", native(121))
-    served.put("of-this", served.http.get("/v1/prefixes/of-nothing/versions/1/file").content)
+    served.put("copied", native(122))
+    served.put("of-this", served.http.get("/v1/prefixes/copied/versions/1/file").content)
     served.put("of-another", native(120, base_model="other/model"), accept_base="1")
     for other, base in (("of-this", "verified"), ("of-nothing", "unverified"), ("of-another", "mismatch")):
         assert put_ensemble(served, "matched", ["of-this", other]).json()["base"] == base
@@ -99,6 +100,8 @@ def test_a_composition_of_too_many_parts_is_refused_unread(served: Served, voted
         response = served.generate("x", None, adapter_id=task)
         assert response.status_code == status
     assert "32" in response.json()["error"]
+    body = {"model": ",".join([f"edge-0@{served.http.get('/v1/prefixes/edge-0').json()['versions'][0]['digest']}"] * 4)}
+    assert served.http.post("/v1/completions", json=body | {"prompt": "x", "max_tokens": 1}).status_code == 200
     started_s = time.monotonic()
     assert served.generate("x", None, adapter_id=",".join(["edge-0"] * 100_000)).status_code == 422
     assert time.monotonic() - started_s < 2
