@@ -6,6 +6,8 @@ from prefix_store.errors import BaseMismatchError, InvalidArtefactError
 from prefix_store.names import is_task_name
 from prefix_store.prefix import ModelShape, Prefix
 
+BASES = ("verified", "name-match", "unverified", "mismatch")  # from best to worst
+
 
 def match_base(prefix: Prefix, shape: ModelShape, accept_base: bool = False) -> str:
     """`verified`, `name-match`, `unverified` or, accepted, `mismatch`. Raises BaseMismatchError."""

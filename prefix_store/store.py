@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from prefix_store.admission import check_name, match_base
+from prefix_store.admission import BASES, check_name, match_base
 from prefix_store.blobs import Blobs
 from prefix_store.ensemble import Ensemble, Member
 from prefix_store.errors import IncompatibleError, InvalidArtefactError, NotFoundError
@@ -110,8 +110,10 @@ class PrefixStore:
         activate: bool | None = None,
         precondition: Precondition = ANY,
     ) -> Published:
-        """As `publish`. Raises NotFoundError if a member was deleted meanwhile."""
-        new = self._new_version(task, ensemble.digest, ensemble, 0, "verified", note)
+        """As `publish`; matched with the model as the worst of its members. Raises NotFoundError if a member was
+        deleted meanwhile."""
+        matched = {self.get_version(tenant, m.task, str(m.version)).base for m in ensemble.members}
+        new = self._new_version(task, ensemble.digest, ensemble, 0, max(matched, key=BASES.index), note)
         found, version, is_new = self._registry.add_version(tenant, task, new, activate, precondition, lambda: None)
         return Published(found, version, is_new)
 

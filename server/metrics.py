@@ -119,11 +119,11 @@ class EngineCollector(Collector):
         stats = self._stats()
         kv_usage = stats.kv_blocks_used / max(stats.kv_blocks_total, 1)
         gauges = {
-            "num_requests_running": ("Rows in the batch.", stats.num_running),
+            "num_requests_running": ("Requests in the batch, of an ensemble with all its rows.", stats.num_running),
             "num_requests_waiting": ("Requests that wait for a place, their prefix or KV memory.", stats.num_waiting),
             "kv_cache_usage_perc": ("KV memory of the rows' text in use, 0 to 1.", kv_usage),
             "prefix_resident": ("Prefixes in device memory.", stats.num_resident),
-            "prefix_pinned": ("Of them, pinned by the operator.", stats.num_pinned),
+            "prefix_pinned": ("Of them, in use or pinned by the operator.", stats.num_pinned),
             "prefix_resident_bytes": ("Device memory that resident prefixes use.", stats.prefix_bytes_used),
             "prefix_pool_bytes": ("Device memory for resident prefixes.", stats.prefix_bytes_total),
         }

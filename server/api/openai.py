@@ -66,8 +66,7 @@ async def chat_completions(request: Request, state: State, body: ChatRequest) ->
     limit = body.max_completion_tokens or body.max_tokens
     target = await _target(state, body.model)
     if limit is None:
-        virtual = target.num_virtual_tokens
-        limit = max(1, min(MAX_DEFAULT_CHAT_TOKENS, state.engine.max_context - virtual - len(prompt)))
+        limit = max(1, min(MAX_DEFAULT_CHAT_TOKENS, state.engine.max_new_tokens(target.members, len(prompt))))
     top = (body.top_logprobs or 0) if body.logprobs else None
     return await _answer(request, state, body, prompt, limit, top, "chat.completion")
 

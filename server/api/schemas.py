@@ -17,6 +17,8 @@ Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 NumTokens = Annotated[int, Field(ge=1, lt=2**31)]  # how many fit is the context's business
 MAX_CHOICES = 16
+MAX_PARTS = 32  # of a composition
+MAX_MODEL_LENGTH = MAX_PARTS * 130  # a name, @, a digest, a comma
 UNSUPPORTED = "unsupported"
 
 
@@ -120,7 +122,7 @@ class StreamOptions(WireModel):
 class OpenAIRequest(WireModel):
     """What completions and chat share. Sampling is on unless `temperature` is 0."""
 
-    model: str = Field(min_length=1, max_length=200)
+    model: str = Field(min_length=1, max_length=MAX_MODEL_LENGTH)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)

@@ -17,6 +17,7 @@ from prefix_store.prefix import Layout
 from prefix_store.registry import Version
 from prefix_store.store import PrefixStore
 from server.api.errors import RequestError
+from server.api.schemas import MAX_PARTS
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
 from server.engine.errors import EngineError, OverloadedError
@@ -34,6 +35,13 @@ def refs_of(version: Version) -> tuple[PrefixRef, ...]:
     if isinstance(version.content, Ensemble):
         return tuple(PrefixRef(member.digest, member.content) for member in version.content.members)
     return (PrefixRef(version.digest, version.content),)
+
+
+def _owners(version: Version) -> dict[str, str]:
+    """By digest, the task whose version each of `refs_of` is."""
+    if isinstance(version.content, Ensemble):
+        return {member.digest: member.task for member in version.content.members}
+    return {version.digest: version.task}
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,6 @@ class Target:
             return self.versions[0].version
         return ",".join(str(version.version) for version in self.versions) or None
 
-    @property
-    def num_virtual_tokens(self) -> int:
-        """Of the row with the most."""
-        return max(sum(ref.layout.num_virtual_tokens for ref in prefixes) for prefixes in self.members)
-
 
 @dataclass(eq=False)
 class AppState:
@@ -77,7 +80,7 @@ class AppState:
     _pinned: dict[str, PrefixRef] = field(default_factory=dict)
     _pinning: asyncio.Lock = field(default_factory=asyncio.Lock)
     _evictions: set[asyncio.Task[None]] = field(default_factory=set)
-    _labels: OrderedDict[str, str] = field(default_factory=OrderedDict)  # digest -> the task that last used it
+    _labels: OrderedDict[str, str] = field(default_factory=OrderedDict)  # digest -> of its tasks the last in use
 
     @property
     def model_name(self) -> str:
@@ -97,6 +100,9 @@ class AppState:
         parts that do not go together."""
         if name is None:
             return Target()
+        num_parts = 1 + name.count(",")
+        if num_parts > MAX_PARTS:
+            raise RequestError(422, f"a composition has <= {MAX_PARTS} parts, got {num_parts}", "task")
         versions = tuple([await asyncio.to_thread(self.store.resolve, TENANT, part) for part in name.split(",")])
         task = ",".join(version.task for version in versions)
         refs = [refs_of(version) for version in versions]
@@ -105,10 +111,10 @@ class AppState:
         else:
             check_composition(versions)
             target = Target(task, versions, (tuple(ref for (ref,) in refs),))
-        for version, seen in zip(versions, refs, strict=True):
-            for ref in seen:
-                self._labels[ref.digest] = version.task
-                self._labels.move_to_end(ref.digest)
+        for version in versions:
+            for digest, owner in _owners(version).items():
+                self._labels[digest] = owner
+                self._labels.move_to_end(digest)
         while len(self._labels) > MAX_LABELS:
             self._labels.popitem(last=False)
         return target
@@ -145,16 +151,20 @@ class AppState:
                     self._pinned[digest] = wanted[digest]
 
     async def free(self, versions: Iterable[Version]) -> None:
-        """Give back the device memory of deleted versions, of those in use when their last row has finished."""
-        for digest in {ref.digest for version in versions for ref in refs_of(version)}:
-            if not await asyncio.to_thread(self.store.has_file, digest):
-                self._labels.pop(digest, None)
-                task = asyncio.create_task(self._evict_when_unused(digest))
-                self._evictions.add(task)
-                task.add_done_callback(self._evictions.discard)
+        """Give back the device memory of deleted versions, of those in use when their last row has finished. An
+        ensemble has none of its own: its members are versions too."""
+        for version in versions:
+            if self._labels.get(version.digest) == version.task:
+                del self._labels[version.digest]
+            task = asyncio.create_task(self._evict_when_unused(version.digest))
+            self._evictions.add(task)
+            task.add_done_callback(self._evictions.discard)
 
     async def _evict_when_unused(self, digest: str) -> None:
-        while self.engine.residency(digest) != "cold" and not await self.engine.evict(digest):
+        """Its content may be published again meanwhile: then it stays."""
+        while self.engine.residency(digest) != "cold" and not await asyncio.to_thread(self.store.has_file, digest):
+            if await self.engine.evict(digest):
+                return
             await asyncio.sleep(0.1)
 
     def residency(self, version: Version) -> str:

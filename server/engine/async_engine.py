@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from prefix_store.prefix import Layout, ModelShape, Prefix
-from server.engine.context_limits import check_context
+from server.engine.context_limits import check_context, max_new_tokens
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
 from server.engine.engine_stats import EngineStats, stats_of
@@ -124,6 +124,11 @@ class AsyncEngine:
         self._metrics.request_started()
         self._calls.put(lambda: self._engine.add(sequence))
         return stream
+
+    def max_new_tokens(self, members: tuple[Composition, ...], num_prompt_tokens: int) -> int:
+        """How many tokens a request can generate; less than one if its prompt does not fit."""
+        num_start = len(self._engine.runner.decoder_start_ids)
+        return min(max_new_tokens(self.shape, prefixes, num_prompt_tokens, num_start) for prefixes in members)
 
     async def check(self, prefix: Prefix) -> None:
         """A trial forward on a few tokens, off the step loop. Raises PrefixFaultError if its logits are not finite."""

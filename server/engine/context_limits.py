@@ -7,11 +7,19 @@ from server.engine.errors import PromptTooLongError
 from server.engine.sequence import Composition
 
 
+def max_new_tokens(shape: ModelShape, prefixes: Composition, num_prompt_tokens: int, num_start_tokens: int) -> int:
+    """How many tokens a row can generate. `num_start_tokens` is what an encoder-decoder's own text begins with."""
+    layouts = [ref.layout for ref in prefixes]
+    num_read = num_start_tokens
+    if not shape.is_encoder_decoder:
+        num_read = num_prompt_tokens + sum(layout.separator is not None for layout in layouts)
+    return shape.max_positions - sum(layout.num_decoder_tokens for layout in layouts) - num_read
+
+
 def check_context(
-    shape: ModelShape, prefixes: Composition, num_prompt_tokens: int, num_start_tokens: int, max_new_tokens: int
+    shape: ModelShape, prefixes: Composition, num_prompt_tokens: int, num_start_tokens: int, num_wanted: int
 ) -> None:
-    """Raises PromptTooLongError, with what was counted, for a row that could not finish. `num_start_tokens` is what an
-    encoder-decoder's own text begins with."""
+    """Raises PromptTooLongError, with what was counted, for a row that could not generate the tokens wanted."""
     if num_prompt_tokens == 0:
         raise PromptTooLongError("the prompt must have at least one token, got 0")
     limit = shape.max_positions
@@ -24,20 +32,17 @@ def check_context(
             f"virtual tokens of {len(prefixes)} prefixes together must be <= {shape.max_virtual_tokens}, "
             f"got {num_virtual}"
         )
+    num_left = max_new_tokens(shape, prefixes, num_prompt_tokens, num_start_tokens)
     if shape.is_encoder_decoder:
         if num_encoder + num_prompt_tokens > limit:
             raise PromptTooLongError(
                 f"encoder: virtual tokens ({num_encoder}) + prompt tokens ({num_prompt_tokens}) must be <= {limit}"
             )
-        if num_decoder + num_start_tokens + max_new_tokens > limit:
-            raise PromptTooLongError(
-                f"decoder: virtual tokens ({num_decoder}) + start tokens ({num_start_tokens}) + max_new_tokens "
-                f"({max_new_tokens}) must be <= {limit}"
-            )
-        return
-    num_read = num_prompt_tokens + sum(layout.separator is not None for layout in layouts)
-    if num_decoder + num_read + max_new_tokens > limit:
+        stack, read = "decoder: ", "start tokens"
+    else:
+        stack, read = "", "prompt tokens"
+    if num_wanted > num_left:
         raise PromptTooLongError(
-            f"virtual tokens ({num_decoder}) + prompt tokens ({num_read}) + max_new_tokens "
-            f"({max_new_tokens}) must be <= {limit}"
+            f"{stack}virtual tokens ({num_decoder}) + {read} ({limit - num_left - num_decoder}) + max_new_tokens "
+            f"({num_wanted}) must be <= {limit}"
         )

@@ -88,7 +88,8 @@ def test_a_deleted_task_gives_up_its_label_where_another_has_the_same_content(se
 
 def test_an_ensemble_is_matched_with_the_model_as_its_worst_member(served: Served) -> None:
     served.put("of-nothing", native(121))
-    served.put("of-this", served.http.get("/v1/prefixes/of-nothing/versions/1/file").content)
+    served.put("copied", native(122))
+    served.put("of-this", served.http.get("/v1/prefixes/copied/versions/1/file").content)
     served.put("of-another", native(120, base_model="other/model"), accept_base="1")
     for other, base in (("of-this", "verified"), ("of-nothing", "unverified"), ("of-another", "mismatch")):
         assert put_ensemble(served, "matched", ["of-this", other]).json()["base"] == base
@@ -99,6 +100,8 @@ def test_a_composition_of_too_many_parts_is_refused_unread(served: Served, voted
         response = served.generate("x", None, adapter_id=task)
         assert response.status_code == status
     assert "32" in response.json()["error"]
+    body = {"model": ",".join([f"edge-0@{served.http.get('/v1/prefixes/edge-0').json()['versions'][0]['digest']}"] * 4)}
+    assert served.http.post("/v1/completions", json=body | {"prompt": "x", "max_tokens": 1}).status_code == 200
     started_s = time.monotonic()
     assert served.generate("x", None, adapter_id=",".join(["edge-0"] * 100_000)).status_code == 422
     assert time.monotonic() - started_s < 2
@@ -153,16 +156,16 @@ def test_all_members_become_resident_or_the_call_fails(tight: Served, call: str)
 def test_content_that_comes_back_while_its_last_row_runs_stays(served: Served) -> None:
     """A delete waits for the row; meanwhile the same content is uploaded and pinned."""
     served.put("phoenix", native(140))
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(served.generate, "x", "phoenix", max_new_tokens=240, ignore_eos=True)
-        while not served.state.engine.stats().num_running:
-            assert not running.done()
+    with ThreadPoolExecutor(14) as pool:
+        running = [pool.submit(served.generate, "x", "phoenix", max_new_tokens=240, ignore_eos=True) for _ in range(14)]
+        while (stats := served.state.engine.stats()).num_running + stats.num_waiting < len(running):
+            assert not any(future.done() for future in running)
             time.sleep(0.001)
         assert served.http.delete("/v1/prefixes/phoenix").status_code == 204
         served.put("phoenix", native(140))
         assert served.http.post("/v1/prefixes/phoenix/pin").status_code == 200
-        assert not running.done()
-        assert running.result().status_code == 200
+        assert not all(future.done() for future in running)
+        assert {future.result().status_code for future in running} == {200}
     time.sleep(0.3)
     assert served.http.get("/v1/prefixes/phoenix").json()["residency"] == "resident"
     served.http.post("/v1/prefixes/phoenix/unpin")

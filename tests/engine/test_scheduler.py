@@ -297,19 +297,22 @@ def test_the_count_of_pinned_prefixes_may_be_read_while_they_change(llama: Any) 
     residents = make_engine(llama, prefixes).residents
     refs = list(refs_of(prefixes).values())
     assert residents.preload(refs)
+    for ref in refs:
+        residents.finish_load(residents.get(ref.digest), None)
     is_over = threading.Event()
 
     def use() -> None:
         while not is_over.is_set():
-            for resident in residents.acquire(refs) or ():
-                residents.release(resident)
+            residents.evict("p0")
+            residents.preload(refs)
+            residents.finish_load(residents.get("p0"), None)
 
     user = threading.Thread(target=use)
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     user.start()
     try:
-        for _ in range(500):
+        for _ in range(3000):
             assert residents.num_pinned <= 60
     finally:
         is_over.set()
