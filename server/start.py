@@ -23,6 +23,7 @@ from server.api.app import serve
 from server.api.state import TENANT, AppState
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
+from server.engine.cpu_kernels import CpuKernels, load_kernels
 from server.engine.engine import Engine, split_pool
 from server.engine.errors import ModelRefusedError
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes
@@ -30,7 +31,7 @@ from server.engine.model_runner import ModelRunner, load_model, measure_shape, n
 from server.engine.self_check import self_check
 from server.errors import StartError
 from server.metrics import Metrics
-from server.model_files import ModelFiles, fetch_model, fingerprint
+from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint
 from server.progress import progress_bar
 
 log = structlog.get_logger()
@@ -46,9 +47,10 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         raise StartError(f"device must be cpu, cuda or cuda:N, got {settings.device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StartError(f"device {settings.device!r} was asked for, this torch sees no CUDA device")
-    model, shape = _checked_model(settings, files, device)
+    kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
+    model, shape, kernels = _checked_model(settings, files, device, kernels)
     num_blocks, num_prefix_blocks = _pool(settings, shape)
-    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, device))
+    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, device, kernels))
     tokenizer = AutoTokenizer.from_pretrained(files.path)
     store = PrefixStore(
         SqliteRegistry(settings.data_dir / "registry.sqlite"), Blobs(settings.data_dir / "blobs"), shape
@@ -73,10 +75,15 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     )
 
 
-def _checked_model(settings: Settings, files: ModelFiles, device: torch.device) -> tuple[Any, ModelShape]:
-    """With reordered weights, or with the model's own modules where only these pass. Raises ModelRefusedError."""
-    for reorders in (True, False):
-        model = load_model(files.path, native_dtype(settings.dtype, device), device, reorders=reorders)
+def _checked_model(
+    settings: Settings, files: ModelFiles, device: torch.device, kernels: CpuKernels | None
+) -> tuple[Any, ModelShape, CpuKernels | None]:
+    """With reordered weights and kernels, or with the model's own modules where only these pass. Raises
+    ModelRefusedError."""
+    dtype = native_dtype(settings.dtype, device)
+    for is_fast in (True, False):
+        kernels = kernels if is_fast else None
+        model = load_model(files.path, dtype, device, reorders=is_fast, kernels=kernels)
         shape = measure_shape(
             model,
             settings.model_name or files.name,
@@ -85,14 +92,14 @@ def _checked_model(settings: Settings, files: ModelFiles, device: torch.device) 
             settings.max_virtual_tokens,
         )
         try:
-            self_check(model, shape)
+            self_check(model, shape, kernels)
         except ModelRefusedError as error:
-            if not reorders:
+            if not is_fast:
                 raise
-            log.warning("weights_not_reordered", reason=str(error))
+            log.warning("model_keeps_its_modules", reason=str(error))
         else:
             break
-    return model, shape
+    return model, shape, kernels
 
 
 def run(settings: Settings, console: Console, examples: Path | None = None) -> None:

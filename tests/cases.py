@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prefix_store.prefix import Prefix
+from server.engine.cpu_kernels import CpuKernels
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, split_pool
 from server.engine.kv_blocks import KVBlocks
@@ -37,6 +38,7 @@ def run_ours(
     cases: list[Case],
     prefixes: dict[str, Prefix],
     *,
+    kernels: CpuKernels | None = None,
     kv: int = 4096,
     room: int = 1024,
     stagger: int = 1,
@@ -45,7 +47,7 @@ def run_ours(
     """All cases in one engine, `stagger` arriving at each step, the long ones in chunks."""
     tokenizer = letter_tokenizer()
     num_blocks, num_prefix_blocks = split_pool(kv, room)
-    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu")))
+    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu"), kernels))
     engine = Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=24, max_step_tokens=24)
     sequences = [
         Sequence(

@@ -20,6 +20,7 @@ from prefix_store.prefix import Prefix
 from server.api.app import create_app
 from server.api.state import AppState
 from server.config import Settings
+from server.engine.cpu_kernels import CpuKernels, load_kernels
 from server.model_files import ModelFiles
 from server.start import make_state
 
@@ -37,6 +38,13 @@ CHAT_TEMPLATE = (
 def one_thread() -> None:
     """Two threads wait for each other at every product of a tiny model, the longer the busier the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
+    found = load_kernels(tmp_path_factory.mktemp("kernels"))
+    assert found is not None, "the tests need a C compiler"
+    return found
 
 
 @pytest.fixture(scope="session")

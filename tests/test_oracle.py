@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import ModelShape, Prefix
 from server.engine import batch
+from server.engine.cpu_kernels import CpuKernels
 from server.engine.kv_blocks import KVBlocks
 from server.engine.model_runner import ModelRunner, load_model, measure_shape
 from server.engine.resident_prefixes import ResidentPrefix
@@ -58,20 +59,35 @@ TYPES: dict[str, Callable[[], Any]] = {
 MULTITASK_INDEX = 2
 
 
-World = tuple[Any, ModelShape, dict[str, Prefix], list[Case]]
+WAYS = ("plain", "reordered", "kernels")
 
 
-@pytest.fixture(scope="module", params=[(name, reorders) for name in FAMILIES for reorders in (True, False)], ids=str)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """The model with our attention, its shape, the prefixes and the cases."""
+@dataclass(frozen=True)
+class World:
+    """The model with our attention, computing in one of the ways that the server may take."""
+
+    model: Any
+    shape: ModelShape
+    prefixes: dict[str, Prefix]
+    cases: list[Case]
+    kernels: CpuKernels | None
+
+    def answers(self, prefixes: dict[str, Prefix]) -> list[str]:
+        """What is wrong."""
+        return wrong(self.cases, run_ours(self.model, self.shape, self.cases, prefixes, kernels=self.kernels))
+
+
+@pytest.fixture(scope="module", params=[f"{name}-{way}" for name in FAMILIES for way in WAYS])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernels: CpuKernels) -> World:
     torch.manual_seed(3)
-    name, reorders = request.param
+    name, way = request.param.split("-")
+    used = kernels if way == "kernels" else None
     folder = tmp_path_factory.mktemp(name)
     config = FAMILIES[name]()
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder / "model")
-    ours = load_model(folder / "model", torch.float32, torch.device("cpu"), reorders=reorders)
+    ours = load_model(folder / "model", torch.float32, torch.device("cpu"), reorders=way != "plain", kernels=used)
     shape = replace(measure_shape(ours, "tiny", "none"), max_virtual_tokens=64)
-    self_check(ours, shape)
+    self_check(ours, shape, used)
     prefixes, cases = {}, []
     for i, task in enumerate([*TYPES, None]):
         prompt = torch.randint(3, VOCAB, (3 + 4 * i % 17,)).tolist()
@@ -82,7 +98,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         if prefix is not None:
             prefixes[case.name] = prefix
     gc.collect()
-    return ours, shape, prefixes, cases
+    return World(ours, shape, prefixes, cases, used)
 
 
 def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> tuple[Case, Prefix | None]:
@@ -92,7 +108,7 @@ def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> tupl
         reference = get_peft_model(reference, TYPES[task]())
         for parameter in reference.parameters():
             if parameter.requires_grad:
-                parameter.data = torch.randn_like(parameter) * 0.6
+                parameter.data = torch.randn_like(parameter)
         reference.eval().save_pretrained(folder / task)
         if task == "multitask":
             more["task_ids"] = torch.tensor([MULTITASK_INDEX])
@@ -120,21 +136,38 @@ def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> tupl
     return Case(task or "bare", prompt, members, tokens, torch.cat(out.logits).float()), prefix
 
 
-def test_the_references_answers_can_prove_something(family: World) -> None:
-    _, _, _, cases = family
-    assert len({token for case in cases for token in case.tokens}) >= 8
-    assert len({tuple(case.tokens) for case in cases}) == len(cases)
+def test_the_references_answers_can_prove_something(world: World) -> None:
+    assert len({token for case in world.cases for token in case.tokens}) >= 8
+    assert len({tuple(case.tokens) for case in world.cases}) == len(world.cases)
 
 
-def test_mixed_tokens_equal_peft_alone(family: World) -> None:
-    model, shape, prefixes, cases = family
-    assert not wrong(cases, run_ours(model, shape, cases, prefixes))
+def test_mixed_tokens_equal_peft_alone(world: World) -> None:
+    assert not world.answers(world.prefixes)
 
 
-def test_first_step_logits_equal_peft(family: World) -> None:
-    model, shape, prefixes, cases = family
-    kv_blocks = KVBlocks(shape, 64, torch.device("cpu"))
-    runner = ModelRunner(model, shape, kv_blocks)
+def test_tokens_of_rows_that_share_a_prefixs_attention_equal_peft_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every prefix counts as long, and two rows have each: one starts while the other decodes."""
+    monkeypatch.setattr(batch, "MIN_SHARED_TOKENS", 1)
+    again = [replace(case, name=f"{case.name}-again") for case in world.cases]
+    pairs = replace(world, cases=[case for pair in zip(world.cases, again, strict=True) for case in pair])
+    made, num_shared = batch.make_batch, []
+
+    def counted(*args: Any, **more: Any) -> batch.Batch:
+        found = made(*args, **more)
+        num_shared.append(len(found.shared_keys))
+        return found
+
+    monkeypatch.setattr(batch, "make_batch", counted)
+    assert not pairs.answers(world.prefixes)
+    assert max(num_shared) >= 4
+
+
+def test_first_step_logits_equal_peft(world: World) -> None:
+    kv_blocks = KVBlocks(world.shape, 64, torch.device("cpu"), world.kernels)
+    prefixes, cases = world.prefixes, world.cases
+    runner = ModelRunner(world.model, world.shape, kv_blocks)
     free = iter(range(1, 64))
     rows = []
     for case in cases:
@@ -155,23 +188,20 @@ def test_first_step_logits_equal_peft(family: World) -> None:
         )
 
 
-def test_swapped_prefixes_are_noticed(family: World) -> None:
-    model, shape, prefixes, cases = family
-    prefixes = dict(prefixes)
+def test_swapped_prefixes_are_noticed(world: World) -> None:
+    prefixes = dict(world.prefixes)
     prefixes["prefix"], prefixes["cartridge"] = prefixes["cartridge"], prefixes["prefix"]
-    assert wrong(cases, run_ours(model, shape, cases, prefixes))
+    assert world.answers(prefixes)
 
 
-def test_a_dropped_virtual_token_is_noticed(family: World) -> None:
-    model, shape, prefixes, cases = family
-    prefixes = dict(prefixes)
+def test_a_dropped_virtual_token_is_noticed(world: World) -> None:
+    prefixes = dict(world.prefixes)
     layers = {i: (k[:, :-1], v[:, :-1]) for i, (k, v) in prefixes["prefix"].layers.items()}
     prefixes["prefix"] = replace(prefixes["prefix"], layers=layers)
-    assert [case for case in wrong(cases, run_ours(model, shape, cases, prefixes)) if case.startswith("prefix")]
+    assert [case for case in world.answers(prefixes) if case.startswith("prefix")]
 
 
-def test_shifted_positions_are_noticed(family: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shape, prefixes, cases = family
+def test_shifted_positions_are_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     made = batch.batch_of
 
     def shifted(*args: Any) -> batch.Batch:
@@ -181,4 +211,4 @@ def test_shifted_positions_are_noticed(family: World, monkeypatch: pytest.Monkey
         return replace(found, position_ids=far)
 
     monkeypatch.setattr("server.engine.engine.batch_of", shifted)
-    assert wrong(cases, run_ours(model, shape, cases, prefixes))
+    assert world.answers(world.prefixes)

@@ -21,13 +21,13 @@ from transformers import (
     T5Config,
 )
 
-VOCAB, HIDDEN = 96, 32
+VOCAB, HIDDEN = 96, 64
 COMMON = {"vocab_size": VOCAB, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SMALL = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**COMMON, **SMALL, num_key_value_heads=2, initializer_range=0.4),
-    "qwen3": lambda: Qwen3Config(**COMMON, **SMALL, num_key_value_heads=2, head_dim=8, initializer_range=0.4),
+    "qwen3": lambda: Qwen3Config(**COMMON, **SMALL, num_key_value_heads=2, head_dim=16, initializer_range=0.4),
     "gpt2": lambda: GPT2Config(**COMMON, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256, initializer_range=0.4),
     "opt": lambda: OPTConfig(**COMMON, **SMALL, ffn_dim=64, word_embed_proj_dim=HIDDEN, init_std=0.3),
     "gpt_neox": lambda: GPTNeoXConfig(**COMMON, **SMALL, initializer_range=0.4),
@@ -35,11 +35,11 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         **COMMON,
         **SMALL | {"num_hidden_layers": 3},
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=16,
         sliding_window=12,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         initializer_range=0.4,
-        query_pre_attn_scalar=8,
+        query_pre_attn_scalar=16,
         tie_word_embeddings=False,
     ),
 }
@@ -47,7 +47,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 
 # Distances that tiny texts exceed; mT5's heads are not as wide together as its hidden states.
 RELATIVE = {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 24, "decoder_start_token_id": 0}
-T5 = {"vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": 64, "pad_token_id": 0, "eos_token_id": 1} | RELATIVE
+T5 = {"vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 16, "d_ff": 64, "pad_token_id": 0, "eos_token_id": 1} | RELATIVE
 BART = {
     "vocab_size": VOCAB,
     "d_model": HIDDEN,

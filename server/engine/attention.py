@@ -6,12 +6,13 @@ its own, so both are one gather and one batched product.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface
 
-from server.engine.batch import AttentionGroup, Batch, current_batch
+from server.engine.attention_group import AttentionGroup
+from server.engine.batch import Batch, current_batch
 
 NAME = "prefixserve"
 
@@ -41,20 +42,69 @@ def packed_attention(
     batch = current_batch.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     is_cross = bool(batch.cross_groups) and not module.is_causal
-    groups, written = (batch.cross_groups, batch.encoder) if is_cross else (batch.groups, batch)
+    written = batch.encoder if is_cross else batch
     if written is not None:  # rows that start keep K and V of their encoded tokens in the slots that the encoder passed
         batch.kv_blocks.write(layer, written.slot_mapping, key[0], value[0])
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    is_plain = softcap is None and s_aux is None and position_bias is None
+    may_share = is_plain and sliding_window is None and not is_cross
+    groups = batch.cross_groups if is_cross else batch.groups if may_share else batch.whole_groups
+    seen = _attend_shared(layer, query, batch, scaling) if may_share and batch.shared_keys else None
     queries = query[0].transpose(0, 1)  # [num_tokens, num_heads, head_dim]
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    kernels = batch.kv_blocks.kernels
     for group in groups:
+        if kernels is not None and group.is_decode and (is_plain or is_cross) and query.stride(-1) == 1:
+            decode = group.decode(layer, sliding_window, scaling)
+            kernels.attend_decode(decode, query, out, batch.kv_blocks.layers[layer], seen)
+            continue
         bias = None if position_bias is None or is_cross else group.bias(position_bias)
-        attended = _attend(layer, queries, group, batch, scaling, sliding_window, softcap, s_aux, bias)
+        attended = _attend(layer, queries, group, batch, scaling, sliding_window, softcap, s_aux, bias, seen)
         if group.kept is not None:
             attended = attended.index_select(0, group.kept)
         out.index_copy_(0, group.out_index, attended)
     return out[None], None
+
+
+class Seen(NamedTuple):
+    """What the stream's queries have attended already, in fp32: `out` `[num_tokens, num_heads, head_dim]` and the
+    logarithm of the weights' sum `lse` `[num_tokens, num_heads]`, -inf for a query that has seen nothing."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def _attend_shared(layer: int, query: torch.Tensor, batch: Batch, scaling: float) -> Seen:
+    """Prefixes that rows share, each once for all its rows' queries (Juravsky et al., "Hydragen", 2024)."""
+    _, num_heads, num_tokens, head_dim = query.shape
+    num_kv_heads = batch.kv_blocks.num_kv_heads
+    seen = Seen(
+        torch.zeros(num_tokens, num_heads, head_dim, device=query.device),
+        torch.full((num_tokens, num_heads), float("-inf"), device=query.device),
+    )
+    for shared in batch.shared_keys:
+        if shared.layers is not None and layer not in shared.layers:
+            continue
+        keys, values = batch.kv_blocks.gather(layer, shared.block_index, 1)
+        keys, values = keys[None, :, : shared.num_tokens], values[None, :, : shared.num_tokens]
+        rows = query.index_select(2, shared.token_index).view(1, num_kv_heads, -1, head_dim)
+        out, lse = _attend_with_lse(rows, keys, values, scaling)
+        seen.out.index_copy_(0, shared.token_index, out.view(num_heads, -1, head_dim).transpose(0, 1).float())
+        seen.lse.index_copy_(0, shared.token_index, lse.view(num_heads, -1).T)
+    return seen
+
+
+def _attend_with_lse(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[1, heads, queries, head_dim]` over keys that all see whole; the outputs and `[1, heads, queries]` in fp32."""
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
+        return out, lse
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse[..., None]).to(value.dtype) @ value, lse
 
 
 def _attend(
@@ -67,12 +117,13 @@ def _attend(
     softcap: float | None,
     s_aux: torch.Tensor | None,
     bias: torch.Tensor | None,
+    seen: Seen | None,
 ) -> torch.Tensor:
     """The group's outputs `[rows * max_queries, num_heads, head_dim]`."""
     num_heads, head_dim = queries.shape[1:]
     num_kv_heads = batch.kv_blocks.num_kv_heads
     rows, shared = group.num_rows, num_heads // num_kv_heads
-    keys, values = batch.kv_blocks.gather(layer, group.block_index, rows)
+    keys, values = batch.kv_blocks.gather(layer, group.block_index(batch.kv_blocks), rows)
     q = queries.index_select(0, group.query_index).view(rows, -1, num_kv_heads, shared, head_dim)
     max_queries = q.shape[1]
     q = q.permute(0, 2, 3, 1, 4).reshape(rows * num_kv_heads, shared * max_queries, head_dim)
@@ -90,7 +141,12 @@ def _attend(
         weights = torch.softmax(scores, -1)
     out = torch.bmm(weights.reshape(rows * num_kv_heads, shared * max_queries, -1), values)
     out = out.view(rows, num_kv_heads, shared, max_queries, head_dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(rows * max_queries, num_heads, head_dim)
+    out = out.reshape(rows * max_queries, num_heads, head_dim)
+    if seen is None:
+        return out
+    lse = scores.float().logsumexp(-1).permute(0, 3, 1, 2).reshape(rows * max_queries, num_heads)
+    share = torch.sigmoid(lse - seen.lse.index_select(0, group.query_index))[..., None]
+    return torch.lerp(seen.out.index_select(0, group.query_index), out.float(), share).to(out.dtype)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from server.engine.attention_group import AttentionGroup, Hidden, SharedKeys
 from server.engine.kv_blocks import BLOCK_SIZE, NULL_BLOCK, KVBlocks, num_blocks_for
 from server.engine.sequence import NEVER, Context, Positions, Row
 
 SHORT_BLOCKS = 8  # rows up to this many blocks share a group, whatever their length
+MIN_SHARED_TOKENS = 128  # of a prefix from which on it pays to attend to it once for all its rows
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """Slots `start .. end - 1` of a row's keys are there only in `layers`: a prefix for some layers."""
+class LongPrefix:
+    """Of a row's keys, `num_tokens` from slot `start` on: a prefix that all its queries see whole."""
 
     start: int
-    end: int
-    layers: frozenset[int]
+    num_tokens: int
+    layers: frozenset[int] | None  # None: all
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,26 @@ class Keys:
     block_table: list[int]
     positions: Positions  # [len(block_table) * BLOCK_SIZE] or longer
     hidden: tuple[Hidden, ...] = ()
+    long_prefix: LongPrefix | None = None
+
+    @property
+    def long_blocks(self) -> tuple[int, ...]:
+        """Of the long prefix: the same for all rows that have it."""
+        assert self.long_prefix is not None
+        first = self.long_prefix.start // BLOCK_SIZE
+        return tuple(self.block_table[first : first + num_blocks_for(self.long_prefix.num_tokens)])
+
+    def without_long_prefix(self) -> Keys:
+        assert self.long_prefix is not None
+        start, num_slots = self.long_prefix.start, len(self.long_blocks) * BLOCK_SIZE
+        first, last = start // BLOCK_SIZE, (start + num_slots) // BLOCK_SIZE
+        hidden = tuple(
+            span if span.start < start else replace(span, start=span.start - num_slots, end=span.end - num_slots)
+            for span in self.hidden
+            if span.start != start
+        )
+        positions = np.concatenate((self.positions[:start], self.positions[start + num_slots :]))
+        return Keys(self.block_table[:first] + self.block_table[last:], positions, hidden)
 
 
 @dataclass(frozen=True)
@@ -52,77 +75,31 @@ class PackedRow:
 
 
 @dataclass
-class AttentionGroup:
-    """Rows with queries and contexts of like length, attended together in batched products.
-
-    `query_index` `[rows * max_queries]` takes the rows' queries out of the stream (short rows repeat their last one),
-    `kept` `[num_tokens]` takes the outputs that count out of those, `out_index` `[num_tokens]` puts them back.
-    `query_positions` `[rows, max_queries]`, `key_positions` `[rows, slots]`.
-    """
-
-    num_rows: int
-    query_index: torch.Tensor
-    kept: torch.Tensor | None  # None: all
-    out_index: torch.Tensor
-    block_index: torch.Tensor
-    query_positions: torch.Tensor
-    key_positions: torch.Tensor
-    is_causal: bool
-    hidden: tuple[tuple[int, Hidden], ...] = ()  # (row, what some layers lack)
-    _masks: dict[tuple[int | None, tuple[bool, ...]], torch.Tensor] = field(default_factory=dict)
-    _biases: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def mask(self, layer: int, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """`[rows, 1, 1, max_queries, slots]`, 0 where the query sees the key and -inf elsewhere."""
-        present = tuple(layer in hidden.layers for _, hidden in self.hidden)
-        found = self._masks.get((sliding_window, present))
-        if found is None:
-            key_positions = self.key_positions
-            if not all(present):
-                key_positions = key_positions.clone()
-                for (row, hidden), is_there in zip(self.hidden, present, strict=True):
-                    if not is_there:
-                        key_positions[row, hidden.start : hidden.end] = NEVER
-            if self.is_causal:
-                distance = self.query_positions[:, :, None] - key_positions[:, None, :]
-                seen = distance >= 0
-                if sliding_window is not None:
-                    seen &= distance < sliding_window
-            else:
-                seen = (key_positions != NEVER)[:, None, :].expand(-1, self.query_positions.shape[1], -1)
-            found = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-            found = found[:, None, None]
-            self._masks[sliding_window, present] = found
-        return found
-
-    def bias(self, by_distance: torch.Tensor) -> torch.Tensor:
-        """Of `by_distance` `[2 * max_distance + 1, heads]` (key - query, from -max_distance on; farther is as far as
-        that), for every query and key `[rows, heads, max_queries, slots]`, made once a step."""
-        found = self._biases.get(id(by_distance))
-        if found is None:
-            max_distance = by_distance.shape[0] // 2
-            distance = self.key_positions[:, None, :] - self.query_positions[:, :, None]
-            index = distance.clamp_(-max_distance, max_distance) + max_distance
-            found = torch.nn.functional.embedding(index, by_distance).permute(0, 3, 1, 2).contiguous()
-            self._biases[id(by_distance)] = found
-        return found
-
-
-@dataclass
 class Batch:
     """The step: ids `[1, num_tokens]` with explicit positions; `embeddings` replace the ids at `embedding_index`."""
 
     input_ids: torch.Tensor  # [1, num_tokens]
     position_ids: torch.Tensor  # [1, num_tokens]
-    slot_mapping: torch.Tensor  # [2 * num_kv_heads * num_tokens]
-    groups: list[AttentionGroup]
+    slot_mapping: torch.Tensor  # from `KVBlocks.slots`
+    groups: list[AttentionGroup]  # of what each row sees, without what is in `shared_keys`
     logits_index: torch.Tensor  # [num_logits]
     kv_blocks: KVBlocks
     embedding_index: torch.Tensor | None = None  # [n]
     embeddings: torch.Tensor | None = None  # [n, hidden_size]
     cross_groups: list[AttentionGroup] = field(default_factory=list)
     encoder: Batch | None = None  # of the rows that start
+    shared_keys: list[SharedKeys] = field(default_factory=list)
+    make_whole_groups: Callable[[], list[AttentionGroup]] = list
+    _whole_groups: list[AttentionGroup] | None = None
 
+    @property
+    def whole_groups(self) -> list[AttentionGroup]:
+        """Of all that each row sees, for layers where a query does not see all of a prefix or weighs it otherwise."""
+        if not self.shared_keys:
+            return self.groups
+        if self._whole_groups is None:
+            self._whole_groups = self.make_whole_groups()
+        return self._whole_groups
 
 # Not an argument of the model's forward: some families do not hand those on to their attention (StableLM). A trial
 # forward may run in another thread meanwhile, so it belongs to the context.
@@ -175,11 +152,15 @@ def _encoder_row(row: Row) -> PackedRow:
 
 def _keys(row: Row, context: Context, own_blocks: list[int]) -> Keys:
     hidden = []
+    long_prefix = None
     for span in context.spans:
         layers = row.residents[span.index].partial_layers.get(span.part)
         if layers is not None:
             hidden.append(Hidden(span.start, span.start + span.num_tokens, layers))
-    return Keys(row.shared_blocks(context) + own_blocks, context.slot_positions, tuple(hidden))
+        is_seen_whole = row.prefixes[span.index].layout.placement == "prefix"
+        if is_seen_whole and span.num_tokens >= max(MIN_SHARED_TOKENS, long_prefix.num_tokens if long_prefix else 0):
+            long_prefix = LongPrefix(span.start, span.num_tokens, layers)
+    return Keys(row.shared_blocks(context) + own_blocks, context.slot_positions, tuple(hidden), long_prefix)
 
 
 def make_batch(
@@ -205,18 +186,49 @@ def make_batch(
     embedding_index = torch.tensor([i for i, token in enumerate(token_ids) if token < 0])
     positions = np.concatenate([row.positions for row in rows])
     own_slots = torch.tensor(slots)
+    keys = [row.keys for row in rows]
+    shared, apart = _share(keys, rows, offsets, kv_blocks) if is_causal else ([], keys)
     return Batch(
         input_ids=torch.tensor([token_ids]).clamp_(min=0).to(device),
         position_ids=torch.from_numpy(positions)[None].to(device),
         slot_mapping=kv_blocks.slots(own_slots // BLOCK_SIZE, own_slots % BLOCK_SIZE),
-        groups=_groups([row.keys for row in rows], rows, offsets, kv_blocks, is_causal=is_causal),
+        groups=_groups(apart, rows, offsets, kv_blocks, is_causal=is_causal),
         logits_index=torch.tensor(logits_index, dtype=torch.long, device=device),
         kv_blocks=kv_blocks,
         embedding_index=embedding_index.to(device) if tables else None,
         embeddings=torch.cat(tables) if tables else None,
         cross_groups=_groups([row.cross_keys for row in rows], rows, offsets, kv_blocks, is_causal=False),
         encoder=encoder,
+        shared_keys=shared,
+        make_whole_groups=lambda: _groups(keys, rows, offsets, kv_blocks, is_causal=is_causal),
     )
+
+
+def _share(
+    keys: list[Keys], rows: list[PackedRow], offsets: list[int], kv_blocks: KVBlocks
+) -> tuple[list[SharedKeys], list[Keys]]:
+    """Long prefixes that more than one row sees, and what is left to each row alone."""
+    num_rows = Counter(seen.long_blocks for seen in keys if seen.long_prefix is not None)
+    apart: list[Keys] = []
+    tokens: dict[tuple[int, ...], list[int]] = {}
+    found: dict[tuple[int, ...], LongPrefix] = {}
+    for seen, row, offset in zip(keys, rows, offsets, strict=True):
+        if seen.long_prefix is None or num_rows[seen.long_blocks] == 1:
+            apart.append(seen)
+            continue
+        apart.append(seen.without_long_prefix())
+        found[seen.long_blocks] = seen.long_prefix
+        tokens.setdefault(seen.long_blocks, []).extend(range(offset, offset + len(row.token_ids)))
+    shared = [
+        SharedKeys(
+            token_index=torch.tensor(tokens[blocks]).to(kv_blocks.device),
+            block_index=kv_blocks.blocks(torch.tensor([blocks])),
+            num_tokens=prefix.num_tokens,
+            layers=prefix.layers,
+        )
+        for blocks, prefix in found.items()
+    ]
+    return shared, apart
 
 
 def _groups(
@@ -227,6 +239,8 @@ def _groups(
         if seen is not None:
             num_blocks = max(len(seen.block_table), SHORT_BLOCKS)
             size = ((len(row.token_ids) - 1).bit_length(), (num_blocks - 1).bit_length())
+            if kv_blocks.kernels is not None and len(row.token_ids) == 1:
+                size = (0, 0)  # the kernel reads no more of a row than it has
             by_size.setdefault(size, []).append((seen, row, offset))
     return [_group(members, kv_blocks, is_causal=is_causal) for members in by_size.values()]
 
@@ -244,6 +258,7 @@ def _group(members: list[tuple[Keys, PackedRow, int]], kv_blocks: KVBlocks, *, i
     tables = np.full((len(members), max_blocks), NULL_BLOCK)
     key_positions = np.full((len(members), max_blocks * BLOCK_SIZE), NEVER)
     query_positions = np.empty((len(members), max_queries), dtype=np.int64)
+    row_blocks = np.array([len(seen.block_table) for seen, _, _ in members])
     hidden: list[tuple[int, Hidden]] = []
     for i, (seen, row, _) in enumerate(members):
         num_slots = len(seen.block_table) * BLOCK_SIZE
@@ -256,7 +271,8 @@ def _group(members: list[tuple[Keys, PackedRow, int]], kv_blocks: KVBlocks, *, i
         query_index=torch.from_numpy(query_index.reshape(-1)).to(device),
         kept=None if is_kept.all() else torch.from_numpy(is_kept.reshape(-1).nonzero()[0]).to(device),
         out_index=torch.from_numpy(query_index[is_kept]).to(device),
-        block_index=kv_blocks.blocks(torch.from_numpy(tables)),
+        block_tables=torch.from_numpy(tables),
+        row_blocks=torch.from_numpy(row_blocks),
         query_positions=torch.from_numpy(query_positions).to(device),
         key_positions=torch.from_numpy(key_positions).to(device),
         is_causal=is_causal,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from prefix_store.prefix import Layout, ModelShape
+from server.engine.cpu_kernels import CpuKernels, fits
 
 BLOCK_SIZE = 16  # tokens
 NULL_BLOCK = 0  # always zeros; pads block tables
@@ -17,10 +18,12 @@ class KVBlocks:
     """`kv` is `[layers, 2, num_blocks, num_kv_heads, block_size * head_dim]`, keys before values.
 
     Heads come before tokens inside a block, so gathered blocks form `[rows * kv_heads, tokens, head_dim]`,
-    the shape of the batched products, without a transpose.
+    the shape of the batched products, without a transpose. `kernels` stays None where they do not fit.
     """
 
-    def __init__(self, shape: ModelShape, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: ModelShape, num_blocks: int, device: torch.device, kernels: CpuKernels | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.num_kv_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
@@ -28,11 +31,18 @@ class KVBlocks:
         self.device = device
         size = (_depth(shape), 2, num_blocks, shape.num_kv_heads, BLOCK_SIZE * shape.head_dim)
         self.kv = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.kernels = kernels if fits(device, shape.dtype, shape.head_dim) else None
+        self.layers = list(self.kv)
         self._blocks = [layer.view(-1, BLOCK_SIZE * shape.head_dim) for layer in self.kv]
         self._slots = [layer.view(-1, shape.head_dim) for layer in self.kv]
 
     def write(self, layer: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store `key` and `value`, each `[num_kv_heads, num_tokens, head_dim]`, at `slot_mapping` (from `slots`)."""
+        if self.kernels is not None and key.stride(-1) == value.stride(-1) == 1:
+            self.kernels.write_kv(self.layers[layer], slot_mapping, key, value)
+            return
+        if self.kernels is not None:
+            slot_mapping = self._expanded(slot_mapping)
         self._slots[layer].index_copy_(0, slot_mapping, torch.cat((key, value)).reshape(-1, self.head_dim))
 
     def gather(self, layer: int, block_index: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,9 +52,14 @@ class KVBlocks:
         return gathered[0], gathered[1]
 
     def slots(self, block_ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """The `slot_mapping` `[2 * num_kv_heads * num_tokens]` of `offsets` in `block_ids`, each `[num_tokens]`."""
+        """The `slot_mapping` of `offsets` in `block_ids`, each `[num_tokens]`: a slot a token for the kernels, a place
+        of each head's key and value `[2 * num_kv_heads * num_tokens]` without them."""
+        slots = block_ids * BLOCK_SIZE + offsets
+        return slots if self.kernels is not None else self._expanded(slots)
+
+    def _expanded(self, slots: torch.Tensor) -> torch.Tensor:
         heads = torch.arange(self.num_kv_heads)[:, None]
-        keys = (block_ids * self.num_kv_heads + heads) * BLOCK_SIZE + offsets  # [num_kv_heads, num_tokens]
+        keys = (slots // BLOCK_SIZE * self.num_kv_heads + heads) * BLOCK_SIZE + slots % BLOCK_SIZE
         values = keys + self.num_blocks * self.num_kv_heads * BLOCK_SIZE
         return torch.cat((keys, values)).reshape(-1).to(self.device)
 

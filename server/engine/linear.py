@@ -35,7 +35,7 @@ class ReorderedWeight:
         return self._product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self._bias, "none", [], "")
         return found
 
     def is_right(self, weight: torch.Tensor) -> bool:
@@ -62,6 +62,8 @@ class ReorderedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._reordered(x)
 
+    __call__ = forward  # a step has hundreds of calls: those of modules without hooks need not look for any
+
 
 class FusedProducts:
     """The products of several modules that take one input, done when the first of them is called with it."""
@@ -71,10 +73,14 @@ class FusedProducts:
         self._sizes = sizes
         self._done = threading.local()  # a trial forward may run in another thread
 
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """All products side by side `[..., sum of outs]`."""
+        return self._weight(x)
+
     def __call__(self, x: torch.Tensor, index: int) -> torch.Tensor:
         done = self._done.__dict__
         if index == 0 or done.get("x") is not x:
-            done["x"], done["parts"] = x, torch.split(self._weight(x), self._sizes, -1)
+            done["x"], done["parts"] = x, self._weight(x).split_with_sizes(self._sizes, -1)
         part: torch.Tensor = done["parts"][index]
         if index == len(self._sizes) - 1:
             done.clear()
@@ -86,12 +92,14 @@ class FusedLinear(torch.nn.Module):
 
     def __init__(self, products: FusedProducts, index: int, own: Any) -> None:
         super().__init__()
-        self._products, self._index = products, index
+        self.products, self._index = products, index
         self.weight = torch.empty(0, dtype=own.weight.dtype)
         self.in_features, self.out_features = own.in_features, own.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._products(x, self._index)
+        return self.products(x, self._index)
+
+    __call__ = forward
 
 
 @torch.inference_mode()

@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from prefix_store.prefix import ModelShape, Prefix
 from server.engine.attention import NAME
 from server.engine.batch import Batch, Keys, PackedRow, attending, batch_of, make_batch
+from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError, PrefixFaultError
+from server.engine.fused_modules import fuse_modules
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for, prefix_blocks
 from server.engine.linear import reorder_weights
 from server.engine.model_families import prepare
@@ -105,7 +107,9 @@ class ModelRunner:
         ref = PrefixRef("trial", prefix.layout)
         row = Row((ref,), token_ids, self.decoder_start_ids, 1)
         num_prefix_blocks = prefix_blocks(prefix.layout, self.shape)
-        trial = KVBlocks(self.shape, 1 + num_prefix_blocks + row.max_blocks, self.kv_blocks.device)
+        trial = KVBlocks(
+            self.shape, 1 + num_prefix_blocks + row.max_blocks, self.kv_blocks.device, self.kv_blocks.kernels
+        )
         free = iter(range(1, trial.num_blocks))
         resident = ResidentPrefix(ref, [next(free) for _ in range(num_prefix_blocks)])
         self.load(prefix, resident, trial)
@@ -130,9 +134,10 @@ def load_model(
     revision: str | None = None,
     *,
     reorders: bool = True,
+    kernels: CpuKernels | None = None,
 ) -> Any:
-    """A frozen transformers model that calls our attention, on a CPU with its weights reordered. Raises
-    ModelRefusedError for one that cannot."""
+    """A frozen transformers model that calls our attention, on a CPU with its weights reordered and, with `kernels`,
+    its small modules in one pass each. Raises ModelRefusedError for one that cannot."""
     config = AutoConfig.from_pretrained(path, revision=revision)
     try:
         model: Any = model_class(config).from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
@@ -146,6 +151,8 @@ def load_model(
     model = model.to(device).eval().requires_grad_(False)
     if reorders:
         reorder_weights(model)
+    if kernels is not None:
+        fuse_modules(model, kernels)
     return model
 
 

@@ -9,6 +9,7 @@ import torch
 
 from prefix_store.prefix import Layers, ModelShape, Prefix
 from server.engine.batch import batch_of
+from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError
 from server.engine.kv_blocks import KVBlocks, prefix_blocks
 from server.engine.model_runner import ModelRunner
@@ -33,7 +34,7 @@ class Text:
 
 
 @torch.inference_mode()
-def self_check(model: Any, shape: ModelShape) -> None:
+def self_check(model: Any, shape: ModelShape, kernels: CpuKernels | None = None) -> None:
     """Two packed rows, one behind a random prefix, against each alone and in two steps; a row without a prefix against
     the model's own eager attention. Every token's logits count, every layer must attend.
 
@@ -48,7 +49,7 @@ def self_check(model: Any, shape: ModelShape) -> None:
     bare, behind = (Text(tokens(n), tokens(n)) for n in PROMPT_TOKENS)
     behind = replace(behind, sees_prefix=True)
     try:
-        rows = _Rows(model, shape, _random_prefix(shape, generator))
+        rows = _Rows(model, shape, _random_prefix(shape, generator), kernels)
         bare_alone = rows.logits([bare])
         behind_alone = rows.logits([behind])
         without = rows.logits([replace(behind, sees_prefix=False)])
@@ -92,11 +93,11 @@ def _random_prefix(shape: ModelShape, generator: torch.Generator) -> Prefix:
 class _Rows:
     """Packed rows over a few blocks: a prefix's, and one of each kind for each of two rows."""
 
-    def __init__(self, model: Any, shape: ModelShape, prefix: Prefix) -> None:
+    def __init__(self, model: Any, shape: ModelShape, prefix: Prefix, kernels: CpuKernels | None) -> None:
         self._shape = shape
         self._ref = PrefixRef("self-check", prefix.layout)
         num_shared = prefix_blocks(prefix.layout, shape)
-        self._kv_blocks = KVBlocks(shape, 1 + num_shared + 4, model.device)
+        self._kv_blocks = KVBlocks(shape, 1 + num_shared + 4, model.device, kernels)
         self._runner = ModelRunner(model, shape, self._kv_blocks)
         self._own = [1 + num_shared + i for i in range(4)]
         self._resident = ResidentPrefix(self._ref, list(range(1, 1 + num_shared)))

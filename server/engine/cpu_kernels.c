@@ -1,0 +1,329 @@
+/* What a step does between two matrix products, on a CPU: one pass over memory each, every row by itself.
+
+   Floats are computed in fp32 and stored as the model's type (bf16 rounded to nearest even). Every function takes the
+   number of threads that it may use and gives the same bits for a row whatever runs beside it. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { BLOCK_SIZE = 16, LANES = 16, CHUNK = 128, MAX_GROUP = 8, MAX_HEAD_DIM = 256 };
+typedef float Vector __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+INLINE float load(const void *from, long i, int is_bf16) {
+    return is_bf16 ? from_bits((uint32_t)((const uint16_t *)from)[i] << 16) : ((const float *)from)[i];
+}
+
+INLINE uint16_t rounded(float x) {
+    uint32_t bits = to_bits(x);
+    uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : nearest; /* a NaN stays one */
+}
+
+INLINE void store(void *to, long i, float x, int is_bf16) {
+    if (is_bf16) ((uint16_t *)to)[i] = rounded(x);
+    else ((float *)to)[i] = x;
+}
+
+INLINE float as_stored(float x, int is_bf16) { return is_bf16 ? from_bits((uint32_t)rounded(x) << 16) : x; }
+
+/* e^x to 2 units in the last place (Cephes' polynomial); 0 below -87, a NaN stays one. For x <= 88. */
+INLINE float exponential(float x) {
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return x < -87.0f ? 0.0f : p * from_bits((uint32_t)((int32_t)n + 127) << 23);
+}
+
+/* out = weight * x / sqrt(mean(x^2) + epsilon) over rows of `dim`, rounded before the weight as Llama's is; Gemma's
+   (`plus_one`) is weighted by 1 + weight before it is rounded. */
+INLINE void norm_row(const void *x, const void *weight, void *out, long dim, float epsilon, int plus_one, int is_bf16) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < dim; i++) { float v = load(x, i, is_bf16); sum += v * v; }
+    float scale = 1.0f / sqrtf(sum / dim + epsilon);
+#pragma omp simd
+    for (long i = 0; i < dim; i++) {
+        float v = load(x, i, is_bf16) * scale, w = load(weight, i, is_bf16);
+        store(out, i, plus_one ? v * (1.0f + w) : as_stored(v, is_bf16) * w, is_bf16);
+    }
+}
+
+void rms_norm(const char *x, const void *weight, char *out, long rows, long dim, float epsilon, int plus_one,
+              int is_bf16, int threads) {
+    long bytes = dim * (is_bf16 ? 2 : 4);
+#pragma omp parallel for num_threads(threads) if (rows * dim > 8192)
+    for (long row = 0; row < rows; row++) {
+        if (is_bf16) norm_row(x + row * bytes, weight, out + row * bytes, dim, epsilon, plus_one, 1);
+        else norm_row(x + row * bytes, weight, out + row * bytes, dim, epsilon, plus_one, 0);
+    }
+}
+
+/* out [rows, dim] = silu(gate_up[:, :dim]) * gate_up[:, dim:] */
+INLINE void gated_row(const void *gate, const void *up, void *out, long dim, int is_bf16) {
+#pragma omp simd
+    for (long i = 0; i < dim; i++) {
+        float g = load(gate, i, is_bf16), u = load(up, i, is_bf16);
+        float bounded = g < -88.0f ? -88.0f : (g > 88.0f ? 88.0f : g);
+        store(out, i, as_stored(g / (1.0f + exponential(-bounded)), is_bf16) * u, is_bf16);
+    }
+}
+
+void silu_mul(const char *gate_up, char *out, long rows, long dim, int is_bf16, int threads) {
+    long bytes = dim * (is_bf16 ? 2 : 4);
+#pragma omp parallel for num_threads(threads) if (rows * dim > 4096)
+    for (long row = 0; row < rows; row++) {
+        const char *gate = gate_up + 2 * row * bytes;
+        if (is_bf16) gated_row(gate, gate + bytes, out + row * bytes, dim, 1);
+        else gated_row(gate, gate + bytes, out + row * bytes, dim, 0);
+    }
+}
+
+/* x [tokens, heads, dim] by strides in elements, turned in place: halves (a, b) to (a cos - b sin, b cos + a sin).
+   cosine and sine [tokens, dim]. */
+INLINE void turn(void *x, const void *cosine, const void *sine, long dim, int is_bf16) {
+    long half = dim / 2;
+#pragma omp simd
+    for (long i = 0; i < half; i++) {
+        float a = load(x, i, is_bf16), b = load(x, i + half, is_bf16);
+        float first = a * load(cosine, i, is_bf16) - b * load(sine, i, is_bf16);
+        float second = b * load(cosine, i + half, is_bf16) + a * load(sine, i + half, is_bf16);
+        store(x, i, first, is_bf16);
+        store(x, i + half, second, is_bf16);
+    }
+}
+
+void rotate(char *x, const char *cosine, const char *sine, long tokens, long heads, long dim, long token_stride,
+            long head_stride, int is_bf16, int threads) {
+    long size = is_bf16 ? 2 : 4;
+#pragma omp parallel for num_threads(threads) if (tokens * heads * dim > 16384)
+    for (long token = 0; token < tokens; token++)
+        for (long head = 0; head < heads; head++) {
+            char *at = x + (token * token_stride + head * head_stride) * size;
+            const char *c = cosine + token * dim * size, *s = sine + token * dim * size;
+            if (is_bf16) turn(at, c, s, dim, 1);
+            else turn(at, c, s, dim, 0);
+        }
+}
+
+/* A token's K and V [heads, dim] into slot slots[token] of a layer's [2, blocks, heads, BLOCK_SIZE, dim]. */
+void write_kv(char *layer, const long *slots, const char *key, const char *value, long tokens, long heads, long dim,
+              long blocks, long key_token_stride, long key_head_stride, long value_token_stride, long value_head_stride,
+              long size) {
+    for (long token = 0; token < tokens; token++)
+        for (long head = 0; head < heads; head++) {
+            long slot = (slots[token] / BLOCK_SIZE * heads + head) * BLOCK_SIZE + slots[token] % BLOCK_SIZE;
+            memcpy(layer + slot * dim * size, key + (token * key_token_stride + head * key_head_stride) * size,
+                   dim * size);
+            memcpy(layer + (slot + blocks * heads * BLOCK_SIZE) * dim * size,
+                   value + (token * value_token_stride + head * value_head_stride) * size, dim * size);
+        }
+}
+
+/* One query a row. softmax(q K^T * scaling) V over the slots of the row's blocks whose position is at most the query's
+   and less than `window` before it (Milakov and Gimelshein, 2018). */
+typedef struct {
+    const char *layer;         /* [2, num_blocks, kv_heads, BLOCK_SIZE, head_dim] */
+    const char *query;         /* [tokens, heads, head_dim] by strides */
+    char *out;                 /* [tokens, heads, head_dim] */
+    const long *query_index;   /* [rows], a token each */
+    const long *block_tables;  /* [rows, max_blocks] */
+    const long *row_blocks;    /* [rows] */
+    const long *key_positions; /* [rows, max_blocks * BLOCK_SIZE] */
+    const long *positions;     /* [rows], of the queries */
+    const float *seen_out;     /* [tokens, heads, head_dim], what was attended already; null: nothing */
+    const float *seen_lse;     /* [tokens, heads] */
+    long rows, heads, kv_heads, head_dim, num_blocks, max_blocks, token_stride, head_stride, window;
+    float scaling;
+} Decode;
+
+INLINE Vector load_vector(const void *from, long i, int is_bf16) {
+    if (is_bf16) {
+        Halves halves;
+        memcpy(&halves, (const uint16_t *)from + i, sizeof halves);
+        return (Vector)(__builtin_convertvector(halves, Words) << 16);
+    }
+    Vector found;
+    memcpy(&found, (const float *)from + i, sizeof found);
+    return found;
+}
+
+/* As `exponential`, a lane each. */
+INLINE Vector exponentials(Vector x) {
+    Vector n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vector p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Words power = (Words)((__builtin_convertvector(n, Ints) + 127) << 23);
+    return (Vector)((Words)(p * (Vector)power) & ~(Words)(x < -87.0f));
+}
+
+/* The sums of 16 vectors, a lane each. */
+INLINE Vector sums(Vector *x) {
+#define ADD(to, a, b, ...) to = __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+    for (int i = 0; i < 8; i++) {
+        Vector low, high;
+        ADD(low, x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        ADD(high, x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        x[i] = low + high;
+    }
+    for (int i = 0; i < 4; i++) {
+        Vector low, high;
+        ADD(low, x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        ADD(high, x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        x[i] = low + high;
+    }
+    for (int i = 0; i < 2; i++) {
+        Vector low, high;
+        ADD(low, x[2 * i], x[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
+        ADD(high, x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+        x[i] = low + high;
+    }
+    Vector low, high;
+    ADD(low, x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    ADD(high, x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return low + high;
+#undef ADD
+}
+
+INLINE void attend(const Decode *d, long row, long kv_head, long first, long group, long dim, int is_bf16) {
+    Vector q[MAX_GROUP][MAX_HEAD_DIM / LANES], acc[MAX_GROUP][MAX_HEAD_DIM / LANES];
+    float scores[MAX_GROUP][CHUNK], best[MAX_GROUP], total[MAX_GROUP];
+    long size = is_bf16 ? 2 : 4, token = d->query_index[row], parts = dim / LANES;
+    long block_elements = BLOCK_SIZE * dim;
+    const char *values = d->layer + d->num_blocks * d->kv_heads * block_elements * size;
+    for (long g = 0; g < group; g++) {
+        long head = first + g;
+        const char *from = d->query + (token * d->token_stride + head * d->head_stride) * size;
+        for (long i = 0; i < parts; i++) q[g][i] = load_vector(from, i * LANES, is_bf16) * d->scaling;
+        best[g] = d->seen_out ? d->seen_lse[token * d->heads + head] : -INFINITY;
+        total[g] = d->seen_out ? 1 : 0;
+        for (long i = 0; i < parts; i++)
+            acc[g][i] = d->seen_out ? load_vector(d->seen_out, (token * d->heads + head) * dim + i * LANES, 0)
+                                    : (Vector){0};
+    }
+    const long *table = d->block_tables + row * d->max_blocks;
+    const long *key_positions = d->key_positions + row * d->max_blocks * BLOCK_SIZE;
+    long position = d->positions[row], num_slots = d->row_blocks[row] * BLOCK_SIZE;
+    for (long start = 0; start < num_slots; start += CHUNK) {
+        long count = num_slots - start < CHUNK ? num_slots - start : CHUNK;
+        unsigned char is_seen[CHUNK];
+        long num_seen = 0;
+        for (long t = 0; t < count; t++) {
+            long distance = position - key_positions[start + t];
+            is_seen[t] = distance >= 0 && distance < d->window;
+            num_seen += is_seen[t];
+        }
+        if (!num_seen) continue;
+        for (long t = 0; t < count; t += BLOCK_SIZE) {
+            const char *keys = d->layer + (table[(start + t) / BLOCK_SIZE] * d->kv_heads + kv_head) * block_elements * size;
+            Vector products[MAX_GROUP][BLOCK_SIZE];
+            for (long k = 0; k < BLOCK_SIZE; k++) {
+                Vector key[MAX_HEAD_DIM / LANES];
+                for (long i = 0; i < parts; i++) key[i] = load_vector(keys, k * dim + i * LANES, is_bf16);
+                for (long g = 0; g < group; g++) {
+                    Vector product = q[g][0] * key[0];
+                    for (long i = 1; i < parts; i++) product += q[g][i] * key[i];
+                    products[g][k] = product;
+                }
+            }
+            for (long g = 0; g < group; g++) {
+                Vector found = sums(products[g]);
+                memcpy(scores[g] + t, &found, sizeof found);
+            }
+        }
+        for (long g = 0; g < group; g++) {
+            float highest = best[g];
+            for (long t = 0; t < count; t++) {
+                scores[g][t] = is_seen[t] ? scores[g][t] : -INFINITY;
+                highest = scores[g][t] > highest ? scores[g][t] : highest;
+            }
+            float kept = best[g] == highest ? 1.0f : exponential(best[g] - highest);
+            Vector sum = {0};
+            for (long t = 0; t < count; t += LANES) {
+                Vector weights = exponentials(load_vector(scores[g], t, 0) - highest);
+                memcpy(scores[g] + t, &weights, sizeof weights);
+                sum += weights;
+            }
+            float added = 0;
+            for (int i = 0; i < LANES; i++) added += sum[i];
+            total[g] = total[g] * kept + added;
+            best[g] = highest;
+            for (long i = 0; i < parts; i++) acc[g][i] *= kept;
+        }
+        for (long t = 0; t < count; t += BLOCK_SIZE) {
+            const char *block = values + (table[(start + t) / BLOCK_SIZE] * d->kv_heads + kv_head) * block_elements * size;
+            for (long k = 0; k < BLOCK_SIZE; k++) {
+                if (!is_seen[t + k]) continue;
+                for (long i = 0; i < parts; i++) {
+                    Vector value = load_vector(block, k * dim + i * LANES, is_bf16);
+                    for (long g = 0; g < group; g++) acc[g][i] += scores[g][t + k] * value;
+                }
+            }
+        }
+    }
+    for (long g = 0; g < group; g++) {
+        char *to = d->out + (token * d->heads + first + g) * dim * size;
+        for (long i = 0; i < dim; i++) store(to, i, acc[g][i / LANES][i % LANES] / total[g], is_bf16);
+    }
+}
+
+INLINE void attend_heads(const Decode *d, long row, long kv_head, int is_bf16) {
+    long group = d->heads / d->kv_heads;
+    for (long done = 0; done < group; done += MAX_GROUP) {
+        long first = kv_head * group + done, count = group - done < MAX_GROUP ? group - done : MAX_GROUP;
+        if (d->head_dim == 64 && count == 3) attend(d, row, kv_head, first, 3, 64, is_bf16);
+        else if (d->head_dim == 64) attend(d, row, kv_head, first, count, 64, is_bf16);
+        else if (d->head_dim == 128) attend(d, row, kv_head, first, count, 128, is_bf16);
+        else attend(d, row, kv_head, first, count, d->head_dim, is_bf16);
+    }
+}
+
+void attend_decode(const Decode *d, int is_bf16, int threads) {
+#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
+    for (long row = 0; row < d->rows; row++)
+        for (long kv_head = 0; kv_head < d->kv_heads; kv_head++) {
+            if (is_bf16) attend_heads(d, row, kv_head, 1);
+            else attend_heads(d, row, kv_head, 0);
+        }
+}
+
+/* The first index of each row's largest value; -1 where the row has a NaN or an infinity. */
+INLINE long best_of(const void *row, long dim, int is_bf16) {
+    float highest = -INFINITY;
+    long finite = 1;
+#pragma omp simd reduction(max : highest) reduction(& : finite)
+    for (long i = 0; i < dim; i++) {
+        float v = load(row, i, is_bf16);
+        highest = v > highest ? v : highest;
+        finite &= v < INFINITY;
+    }
+    if (!finite || highest == -INFINITY) return -1;
+    long i = 0;
+    while (load(row, i, is_bf16) != highest) i++;
+    return i;
+}
+
+void argmax(const char *x, long *out, long rows, long dim, int is_bf16, int threads) {
+    long bytes = dim * (is_bf16 ? 2 : 4);
+#pragma omp parallel for num_threads(threads) if (rows * dim > 16384)
+    for (long row = 0; row < rows; row++)
+        out[row] = is_bf16 ? best_of(x + row * bytes, dim, 1) : best_of(x + row * bytes, dim, 0);
+}

@@ -1,0 +1,191 @@
+"""What a step does between two matrix products on a CPU, from `cpu_kernels.c`: compiled once by the machine's C compiler.
+
+Without a compiler, on another device or in another dtype than bf16 and fp32 the same is done by torch's operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, c_char_p, c_float, c_int, c_long, c_void_p
+from pathlib import Path
+
+import structlog
+import torch
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+COMPILE_S = 120.0
+LANES, MAX_HEAD_DIM = 16, 256
+DTYPES = (torch.float32, torch.bfloat16)
+NO_WINDOW = 2**62
+log = structlog.get_logger()
+
+
+class Decode(ctypes.Structure):
+    """`Decode` of `cpu_kernels.c`, which says what its fields are."""
+
+    _fields_ = (
+        ("layer", c_void_p),
+        ("query", c_void_p),
+        ("out", c_void_p),
+        ("query_index", c_void_p),
+        ("block_tables", c_void_p),
+        ("row_blocks", c_void_p),
+        ("key_positions", c_void_p),
+        ("positions", c_void_p),
+        ("seen_out", c_void_p),
+        ("seen_lse", c_void_p),
+        ("rows", c_long),
+        ("heads", c_long),
+        ("kv_heads", c_long),
+        ("head_dim", c_long),
+        ("num_blocks", c_long),
+        ("max_blocks", c_long),
+        ("token_stride", c_long),
+        ("head_stride", c_long),
+        ("window", c_long),
+        ("scaling", c_float),
+    )
+
+
+class CpuKernels:
+    """The compiled functions. Their tensors are on the CPU, in fp32 or bf16; the last dimension is contiguous."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._rms_norm = _function(library.rms_norm, *[c_void_p] * 3, c_long, c_long, c_float, c_int, c_int, c_int)
+        self._silu_mul = _function(library.silu_mul, *[c_void_p] * 2, c_long, c_long, c_int, c_int)
+        self._rotate = _function(library.rotate, *[c_void_p] * 3, *[c_long] * 5, c_int, c_int)
+        self._write_kv = _function(library.write_kv, *[c_void_p] * 4, *[c_long] * 9)
+        self._attend_decode = _function(library.attend_decode, POINTER(Decode), c_int, c_int)
+        self._argmax = _function(library.argmax, *[c_void_p] * 2, c_long, c_long, c_int, c_int)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, plus_one: bool) -> torch.Tensor:
+        """`weight * x / rms(x)` over the last dimension; `1 + weight` with `plus_one`, as Gemma has it."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dim = x.shape[-1]
+        self._rms_norm(
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon, plus_one, *_how(x)
+        )
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`[..., 2 * dim]` to `[..., dim]`: silu of the first half times the second."""
+        dim = gate_up.shape[-1] // 2
+        out = gate_up.new_empty((*gate_up.shape[:-1], dim))
+        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), out.numel() // dim, dim, *_how(gate_up))
+        return out
+
+    def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """`x` `[1, heads, tokens, dim]`, turned in place by `cosine` and `sine` `[1, tokens, dim]`."""
+        _, heads, tokens, dim = x.shape
+        _, head_stride, token_stride, _ = x.stride()
+        self._rotate(
+            x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), tokens, heads, dim, token_stride, head_stride, *_how(x)
+        )
+        return x
+
+    def write_kv(self, layer: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """`key` and `value` `[kv_heads, tokens, head_dim]` into the `slots` `[tokens]` of a layer of `KVBlocks.kv`."""
+        heads, tokens, dim = key.shape
+        key_strides, value_strides = key.stride(), value.stride()
+        self._write_kv(
+            layer.data_ptr(),
+            slots.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            tokens,
+            heads,
+            dim,
+            layer.shape[1],
+            key_strides[1],
+            key_strides[0],
+            value_strides[1],
+            value_strides[0],
+            key.itemsize,
+        )
+
+    def attend_decode(
+        self,
+        decode: Decode,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        layer: torch.Tensor,
+        seen: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """One query a row: `query` `[1, heads, tokens, head_dim]` over `layer` of `KVBlocks.kv`, to `out`
+        `[tokens, heads, head_dim]`. `seen` is what was attended already: as `out`, and the log-sum-exp, in fp32."""
+        _, decode.heads, _, decode.head_dim = query.shape
+        _, decode.num_blocks, decode.kv_heads, _ = layer.shape
+        _, decode.head_stride, decode.token_stride, _ = query.stride()
+        decode.query, decode.out, decode.layer = query.data_ptr(), out.data_ptr(), layer.data_ptr()
+        decode.seen_out, decode.seen_lse = (None, None) if seen is None else (seen[0].data_ptr(), seen[1].data_ptr())
+        self._attend_decode(decode, *_how(query))
+
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        """The first best token of each row `[rows, vocab_size]`; -1 where a NaN or an infinity is among them."""
+        logits = logits.contiguous()
+        out = torch.empty(logits.shape[0], dtype=torch.long)
+        self._argmax(logits.data_ptr(), out.data_ptr(), *logits.shape, *_how(logits))
+        found: list[int] = out.tolist()
+        return found
+
+
+def fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernels can attend in such a pool."""
+    return device.type == "cpu" and dtype in DTYPES and head_dim % LANES == 0 and head_dim <= MAX_HEAD_DIM
+
+
+def _function(found: ctypes._NamedFuncPointer, *types: type) -> ctypes._NamedFuncPointer:
+    found.argtypes, found.restype = types, None
+    return found
+
+
+def _how(x: torch.Tensor) -> tuple[bool, int]:
+    """Is it bf16, and the threads that may work on it."""
+    return x.dtype is torch.bfloat16, torch.get_num_threads()
+
+
+def load_kernels(folder: Path) -> CpuKernels | None:
+    """Compile into `folder` unless it was, and load. None, with a warning, where that cannot be done."""
+    try:
+        path = folder / f"cpu-kernels-{_key()}.so"
+        if not path.exists():
+            _compile(path)
+        # The threads of torch's own products do the work: the library's OpenMP symbols are those that torch has loaded.
+        for openmp in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+            ctypes.CDLL(str(openmp), ctypes.RTLD_GLOBAL)
+        return CpuKernels(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        log.warning("cpu_kernels_missing", reason=str(error))
+        return None
+
+
+def _key() -> str:
+    """Of the source and the processor that it is compiled for."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        processor += "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model"))}))
+    return hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + processor.encode()).hexdigest()[:16]
+
+
+def _compile(path: Path) -> None:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise OSError("no C compiler was found (Debian: apt-get install gcc libc6-dev)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, library = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(library)]):
+            done = subprocess.run([compiler, *command], capture_output=True, text=True, timeout=COMPILE_S, check=False)
+            if done.returncode:
+                raise OSError(f"{compiler} failed: {done.stderr.strip()[:500]}")
+        library.replace(path)
