@@ -44,6 +44,7 @@ def serve(
     data_dir: Path | None = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16")] = None,
     device: str | None = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: weights and products in 8 bits, on a CPU.")] = None,
     kv_bytes: Annotated[str | None, typer.Option(help="As 2GiB.")] = None,
     prefix_bytes: str | None = None,
     max_rows: int | None = None,

@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default_factory=default_data_dir, description="Registry and blobs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"
+    quantize: Literal["int8"] | None = Field(
+        default=None, description="Weights and products in 8 bits; none: as they are."
+    )
     kv_bytes: ByteSize | None = Field(
         default=None, gt=0, description="KV memory of the rows' text; none: from max_rows."
     )

@@ -81,9 +81,10 @@ def _checked_model(
     """With reordered weights and kernels, or with the model's own modules where only these pass. Raises
     ModelRefusedError."""
     dtype = native_dtype(settings.dtype, device)
+    quantizes = settings.quantize is not None
     for is_fast in (True, False):
         kernels = kernels if is_fast else None
-        model = load_model(files.path, dtype, device, reorders=is_fast, kernels=kernels)
+        model = load_model(files.path, dtype, device, reorders=is_fast, kernels=kernels, quantizes=quantizes)
         shape = measure_shape(
             model,
             settings.model_name or files.name,
@@ -94,7 +95,7 @@ def _checked_model(
         try:
             self_check(model, shape, kernels)
         except ModelRefusedError as error:
-            if not is_fast:
+            if quantizes or not is_fast:
                 raise
             log.warning("model_keeps_its_modules", reason=str(error))
         else:

@@ -101,6 +101,7 @@ class Batch:
             self._whole_groups = self.make_whole_groups()
         return self._whole_groups
 
+
 # Not an argument of the model's forward: some families do not hand those on to their attention (StableLM). A trial
 # forward may run in another thread meanwhile, so it belongs to the context.
 current_batch: ContextVar[Batch] = ContextVar("current_batch")

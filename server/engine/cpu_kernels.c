@@ -305,6 +305,53 @@ void attend_decode(const Decode *d, int is_bf16, int threads) {
         }
 }
 
+/* out [rows, dim] = round(x * 127 / max|x|) + 128 and that row's scale max|x| / 127, which a NaN or an infinity makes
+   NaN. */
+INLINE float quantized_row(const void *x, uint8_t *out, long dim, int is_bf16) {
+    float highest = 0, poison = 0;
+#pragma omp simd reduction(max : highest) reduction(+ : poison)
+    for (long i = 0; i < dim; i++) {
+        float v = load(x, i, is_bf16), size = v < 0 ? -v : v;
+        highest = size > highest ? size : highest;
+        poison += v * 0.0f;
+    }
+    float inverse = highest > 0 && poison == 0 ? 127.0f / highest : 0.0f;
+#pragma omp simd
+    for (long i = 0; i < dim; i++) {
+        float v = poison == 0 ? load(x, i, is_bf16) : 0.0f;
+        out[i] = (uint8_t)(int32_t)(v * inverse + 128.5f);
+    }
+    return highest / 127.0f + poison;
+}
+
+void quantize(const char *x, uint8_t *out, float *scales, long rows, long dim, int is_bf16, int threads) {
+    long bytes = dim * (is_bf16 ? 2 : 4);
+#pragma omp parallel for num_threads(threads) if (rows * dim > 16384)
+    for (long row = 0; row < rows; row++)
+        scales[row] = is_bf16 ? quantized_row(x + row * bytes, out + row * dim, dim, 1)
+                              : quantized_row(x + row * bytes, out + row * dim, dim, 0);
+}
+
+/* x [rows, dim] = x * scales[row] + bias, in place; bias may be null. */
+INLINE void scale_row(void *x, float scale, const void *bias, long dim, int is_bf16) {
+    if (bias) {
+#pragma omp simd
+        for (long i = 0; i < dim; i++) store(x, i, load(x, i, is_bf16) * scale + load(bias, i, is_bf16), is_bf16);
+    } else {
+#pragma omp simd
+        for (long i = 0; i < dim; i++) store(x, i, load(x, i, is_bf16) * scale, is_bf16);
+    }
+}
+
+void scale_rows(char *x, const float *scales, const void *bias, long rows, long dim, int is_bf16, int threads) {
+    long bytes = dim * (is_bf16 ? 2 : 4);
+#pragma omp parallel for num_threads(threads) if (rows * dim > 16384)
+    for (long row = 0; row < rows; row++) {
+        if (is_bf16) scale_row(x + row * bytes, scales[row], bias, dim, 1);
+        else scale_row(x + row * bytes, scales[row], bias, dim, 0);
+    }
+}
+
 /* The first index of each row's largest value; -1 where the row has a NaN or an infinity. */
 INLINE long best_of(const void *row, long dim, int is_bf16) {
     float highest = -INFINITY;

@@ -1,4 +1,4 @@
-"""What a step does between two matrix products on a CPU, from `cpu_kernels.c`: compiled once by the machine's C compiler.
+"""What a step does between two matrix products on a CPU: `cpu_kernels.c`, compiled once by the machine's C compiler.
 
 Without a compiler, on another device or in another dtype than bf16 and fp32 the same is done by torch's operators.
 """
@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, c_char_p, c_float, c_int, c_long, c_void_p
+from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from pathlib import Path
 
 import structlog
@@ -63,6 +63,8 @@ class CpuKernels:
         self._rotate = _function(library.rotate, *[c_void_p] * 3, *[c_long] * 5, c_int, c_int)
         self._write_kv = _function(library.write_kv, *[c_void_p] * 4, *[c_long] * 9)
         self._attend_decode = _function(library.attend_decode, POINTER(Decode), c_int, c_int)
+        self._quantize = _function(library.quantize, *[c_void_p] * 3, c_long, c_long, c_int, c_int)
+        self._scale_rows = _function(library.scale_rows, *[c_void_p] * 3, c_long, c_long, c_int, c_int)
         self._argmax = _function(library.argmax, *[c_void_p] * 2, c_long, c_long, c_int, c_int)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, plus_one: bool) -> torch.Tensor:
@@ -128,6 +130,19 @@ class CpuKernels:
         decode.seen_out, decode.seen_lse = (None, None) if seen is None else (seen[0].data_ptr(), seen[1].data_ptr())
         self._attend_decode(decode, *_how(query))
 
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[rows, dim]` as bytes around 128 and a scale a row `[rows]`, NaN for a row that is not finite."""
+        out = torch.empty(x.shape, dtype=torch.uint8)
+        scales = torch.empty(x.shape[0], dtype=torch.float32)
+        self._quantize(x.data_ptr(), out.data_ptr(), scales.data_ptr(), *x.shape, *_how(x))
+        return out, scales
+
+    def scale_rows(self, x: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x` `[rows, dim]` times a scale a row `[rows]`, plus `bias` `[dim]`, in place."""
+        at = None if bias is None else bias.data_ptr()
+        self._scale_rows(x.data_ptr(), scales.data_ptr(), at, *x.shape, *_how(x))
+        return x
+
     def argmax(self, logits: torch.Tensor) -> list[int]:
         """The first best token of each row `[rows, vocab_size]`; -1 where a NaN or an infinity is among them."""
         logits = logits.contiguous()
@@ -184,7 +199,8 @@ def _compile(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         compiled, library = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        for command in ([*FLAGS, "-c", str(SOURCE), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(library)]):
+        steps = ([*FLAGS, "-c", str(SOURCE), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(library)])
+        for command in steps:
             done = subprocess.run([compiler, *command], capture_output=True, text=True, timeout=COMPILE_S, check=False)
             if done.returncode:
                 raise OSError(f"{compiler} failed: {done.stderr.strip()[:500]}")

@@ -143,7 +143,7 @@ class Engine:
         sampled = [sequence for sequence in scheduled if sequence.is_sampled]
         try:
             batch = batch_of(rows, {row for sequence in sampled for row in sequence.rows}, self.runner.kv_blocks)
-            samples = sample(self.runner.run(batch), sampled)
+            samples = sample(self.runner.run(batch), sampled, self.runner.kv_blocks.kernels)
         except (RuntimeError, IndexError, ValueError) as error:
             if len(scheduled) == 1:
                 return [self._fail(scheduled[0], GenerationError(f"the step failed: {error}"))]

@@ -16,8 +16,9 @@ from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError, PrefixFaultError
 from server.engine.fused_modules import fuse_modules
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for, prefix_blocks
-from server.engine.linear import reorder_weights
 from server.engine.model_families import prepare
+from server.engine.quantized_weights import quantize_weights
+from server.engine.reordered_weights import reorder_weights
 from server.engine.resident_prefixes import ResidentPrefix
 from server.engine.sequence import Context, PrefixRef, Row
 
@@ -135,9 +136,10 @@ def load_model(
     *,
     reorders: bool = True,
     kernels: CpuKernels | None = None,
+    quantizes: bool = False,
 ) -> Any:
-    """A frozen transformers model that calls our attention, on a CPU with its weights reordered and, with `kernels`,
-    its small modules in one pass each. Raises ModelRefusedError for one that cannot."""
+    """A frozen transformers model that calls our attention, on a CPU with its weights reordered or in 8 bits and, with
+    `kernels`, its small modules in one pass each. Raises ModelRefusedError for one that cannot."""
     config = AutoConfig.from_pretrained(path, revision=revision)
     try:
         model: Any = model_class(config).from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
@@ -149,7 +151,9 @@ def load_model(
         except (AttributeError, TypeError) as error:  # modules of another make than those that it knows
             raise ModelRefusedError(f"{config.model_type} does not take packed streams: {error}") from error
     model = model.to(device).eval().requires_grad_(False)
-    if reorders:
+    if quantizes:
+        quantize_weights(model, kernels)
+    elif reorders:
         reorder_weights(model)
     if kernels is not None:
         fuse_modules(model, kernels)

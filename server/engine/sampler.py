@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from server.engine.cpu_kernels import DTYPES, CpuKernels
 from server.engine.sequence import Sequence
 
 
@@ -20,7 +21,7 @@ class Sample:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sample]:
+def sample(logits: torch.Tensor, sequences: list[Sequence], kernels: CpuKernels | None = None) -> list[Sample]:
     """One `Sample` a sequence; `logits` `[rows, vocab_size]` are those of their rows, in order.
 
     The rows of an ensemble choose together, from the mean of their distributions (Lester et al., 2021).
@@ -28,16 +29,14 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sample]:
     """
     if logits.shape[0] != len(sequences):
         logits = _mean(logits, [len(sequence.rows) for sequence in sequences])
-    best, best_ids = logits.max(-1)  # a NaN or an infinity in a row is its maximum
-    finite = torch.isfinite(best).tolist()
-    greedy = best_ids.tolist()
+    greedy = _best(logits, kernels)
     samples = []
     for row, sequence in enumerate(sequences):
         params = sequence.sampling_params
-        if not finite[row]:
+        token_id = greedy[row]
+        if token_id is None:
             samples.append(Sample(None))
             continue
-        token_id = greedy[row]
         if params.do_sample or params.repetition_penalty != 1.0:
             token_id = _choose(logits[row].float(), sequence)
         if params.num_top_logprobs is None:
@@ -48,6 +47,15 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sample]:
         pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         samples.append(Sample(token_id, float(logprobs[token_id]), pairs))
     return samples
+
+
+def _best(logits: torch.Tensor, kernels: CpuKernels | None) -> list[int | None]:
+    """The best token of each row, None where a NaN or an infinity is among them."""
+    if kernels is not None and logits.dtype in DTYPES:
+        return [token_id if token_id >= 0 else None for token_id in kernels.argmax(logits)]
+    best, best_ids = logits.max(-1)  # a NaN or an infinity in a row is its maximum
+    pairs = zip(best_ids.tolist(), torch.isfinite(best).tolist(), strict=True)
+    return [token_id if is_finite else None for token_id, is_finite in pairs]
 
 
 def _mean(logits: torch.Tensor, num_rows: list[int]) -> torch.Tensor:

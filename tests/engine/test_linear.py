@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from server.engine import linear
-from server.engine.linear import FusedLinear, ReorderedLinear, ReorderedWeight, reorder_weights
+from server.engine.linear import FastLinear, FusedLinear
+from server.engine.reordered_weights import TOLERANCE, ReorderedWeight, reorder_weights
 from tests.tiny_models import FAMILIES
 
 SHAPES = [(576, 960), (1536, 576), (576, 192), (32, 96), (576, 4000)]
@@ -58,7 +58,7 @@ def test_products_of_one_input_are_done_once(monkeypatch: pytest.MonkeyPatch) ->
     model = tiny("llama")
     reorder_weights(model)
     num_fused = sum(isinstance(m, FusedLinear) for m in model.modules())
-    num_single = sum(isinstance(m, ReorderedLinear) for m in model.modules())
+    num_single = sum(isinstance(m, FastLinear) for m in model.modules())
     assert (num_fused, num_single) == (2 * 5, 2 * 2 + 1)  # q, k, v, gate, up; o, down; the head
     calls = []
     product = ReorderedWeight._product
@@ -93,4 +93,4 @@ def test_other_devices_and_dtypes_keep_their_modules() -> None:
         model = AutoModelForCausalLM.from_config(FAMILIES["llama"]())
     assert reorder_weights(model) == 0
     assert reorder_weights(tiny("llama").double()) == 0
-    assert torch.float64 not in linear.TOLERANCE
+    assert torch.float64 not in TOLERANCE
