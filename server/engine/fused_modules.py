@@ -67,10 +67,10 @@ def fuse_modules(model: Any, kernels: CpuKernels) -> int:
 
 
 def _norm(own: Any, kernels: CpuKernels) -> torch.nn.Module | None:
-    weight = getattr(own, "weight", None)
     epsilon = getattr(own, "variance_epsilon", getattr(own, "eps", None))
-    if list(own._parameters) != ["weight"] or weight.dim() != 1 or not isinstance(epsilon, float):
+    if list(own._parameters) != ["weight"] or own.weight.dim() != 1 or not isinstance(epsilon, float):
         return None
+    weight: torch.Tensor = own.weight
     candidates = (FusedNorm(kernels, weight, epsilon, plus_one=plus_one) for plus_one in (False, True))
     return next((fused for fused in candidates if _is_same(fused, own, len(weight), weight.dtype)), None)
 
