@@ -39,7 +39,7 @@ class Served:
             async def ask(text: str, task: str | None) -> None:
                 query = {} if task is None else {"task": task}
                 answer = await client.post("/generate", params=query, json={"inputs": text, "parameters": parameters})
-                answer.raise_for_status()
+                assert answer.status_code == 200, answer.text
 
             start_s = time.perf_counter()
             await asyncio.gather(*(ask(text, task) for text, task in asked))

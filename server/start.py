@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from server.engine.errors import ModelRefusedError
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes
 from server.engine.model_runner import ModelRunner, load_model, measure_shape, native_dtype
 from server.engine.self_check import self_check
+from server.engine.threads import workers
 from server.errors import StartError
 from server.metrics import Metrics
 from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint
@@ -48,6 +48,8 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StartError(f"device {settings.device!r} was asked for, this torch sees no CUDA device")
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # until the engine's thread starts, which takes the others
     model, shape, kernels = _checked_model(settings, files, device, kernels)
     num_blocks, num_prefix_blocks = _pool(settings, shape)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, device, kernels))
@@ -64,12 +66,12 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         max_rows=settings.max_rows,
         max_step_tokens=settings.max_step_tokens,
         max_queue_s=settings.max_queue_s,
-        executor=ThreadPoolExecutor(max_workers=1, thread_name_prefix="load"),
+        executor=workers(1, "load"),
     )
     metrics = Metrics()
     return AppState(
         settings=settings,
-        engine=AsyncEngine(engine, tokenizer, metrics, max_queued=settings.max_queued),
+        engine=AsyncEngine(engine, tokenizer, metrics, max_queued=settings.max_queued, num_threads=num_threads),
         store=store,
         metrics=metrics,
     )

@@ -7,10 +7,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import structlog
+import torch
 
 from prefix_store.prefix import Layout, ModelShape, Prefix
 from server.engine.context_limits import check_context, max_new_tokens
@@ -22,9 +23,11 @@ from server.engine.kv_blocks import block_bytes, prefix_blocks
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
+from server.engine.threads import workers
 from server.metrics import Metrics
 
 HEARTBEAT_S = 10.0
+NUM_WORKERS = 8  # threads for what would block the event loop
 T = TypeVar("T")
 log = structlog.get_logger()
 
@@ -32,7 +35,8 @@ log = structlog.get_logger()
 class AsyncEngine:
     """Owns the thread in which the engine lives. Every public coroutine may be called from the event loop only.
 
-    The bounds of the queue are checked before a prompt is tokenised, on an estimate of its tokens from its bytes.
+    The steps' thread computes on `num_threads`. The bounds of the queue are checked before a prompt is tokenised, on an
+    estimate of its tokens from its bytes.
     """
 
     def __init__(
@@ -43,17 +47,19 @@ class AsyncEngine:
         *,
         max_queued: int = 256,
         max_queued_tokens: int = 262_144,
+        num_threads: int = 1,
     ) -> None:
         self._engine = engine
         self.tokenizer = tokenizer
         self._metrics = metrics
         self._max_queued = max_queued
         self._max_queued_tokens = max_queued_tokens
+        self._num_threads = num_threads
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
         self._tokens_at_s: dict[str, float] = {}
         self._queued: dict[str, int] = {}  # request -> tokens, from admission to its first token
-        self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
+        self._workers = workers(1, "tokenise")
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._beat_s = time.monotonic()
@@ -78,6 +84,7 @@ class AsyncEngine:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(workers(NUM_WORKERS, "worker"))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -241,6 +248,7 @@ class AsyncEngine:
     def _run(self) -> None:
         """The thread: take calls, step, hand the outputs over once a step."""
         assert self._loop is not None
+        torch.set_num_threads(self._num_threads)
         while True:
             self._beat_s = time.monotonic()
             try:

@@ -1,7 +1,7 @@
 /* What a step does between two matrix products, on a CPU: one pass over memory each, every row by itself.
 
-   Floats are computed in fp32 and stored as the model's type (bf16 rounded to nearest even). Every function takes the
-   number of threads that it may use and gives the same bits for a row whatever runs beside it. */
+   Floats are computed in fp32 and stored as the model's type (bf16 rounded to nearest even). Every function gives the same
+   bits for a row whatever runs beside it, on as many threads as the calling one may use. */
 
 #include <math.h>
 #include <stdint.h>
@@ -63,9 +63,9 @@ INLINE void norm_row(const void *x, const void *weight, void *out, long dim, flo
 }
 
 void rms_norm(const char *x, const void *weight, char *out, long rows, long dim, float epsilon, int plus_one,
-              int is_bf16, int threads) {
+              int is_bf16) {
     long bytes = dim * (is_bf16 ? 2 : 4);
-#pragma omp parallel for num_threads(threads) if (rows * dim > 8192)
+#pragma omp parallel for if (rows * dim > 8192)
     for (long row = 0; row < rows; row++) {
         if (is_bf16) norm_row(x + row * bytes, weight, out + row * bytes, dim, epsilon, plus_one, 1);
         else norm_row(x + row * bytes, weight, out + row * bytes, dim, epsilon, plus_one, 0);
@@ -82,9 +82,9 @@ INLINE void gated_row(const void *gate, const void *up, void *out, long dim, int
     }
 }
 
-void silu_mul(const char *gate_up, char *out, long rows, long dim, int is_bf16, int threads) {
+void silu_mul(const char *gate_up, char *out, long rows, long dim, int is_bf16) {
     long bytes = dim * (is_bf16 ? 2 : 4);
-#pragma omp parallel for num_threads(threads) if (rows * dim > 4096)
+#pragma omp parallel for if (rows * dim > 4096)
     for (long row = 0; row < rows; row++) {
         const char *gate = gate_up + 2 * row * bytes;
         if (is_bf16) gated_row(gate, gate + bytes, out + row * bytes, dim, 1);
@@ -107,9 +107,9 @@ INLINE void turn(void *x, const void *cosine, const void *sine, long dim, int is
 }
 
 void rotate(char *x, const char *cosine, const char *sine, long tokens, long heads, long dim, long token_stride,
-            long head_stride, int is_bf16, int threads) {
+            long head_stride, int is_bf16) {
     long size = is_bf16 ? 2 : 4;
-#pragma omp parallel for num_threads(threads) if (tokens * heads * dim > 16384)
+#pragma omp parallel for if (tokens * heads * dim > 16384)
     for (long token = 0; token < tokens; token++)
         for (long head = 0; head < heads; head++) {
             char *at = x + (token * token_stride + head * head_stride) * size;
@@ -296,8 +296,8 @@ INLINE void attend_heads(const Decode *d, long row, long kv_head, int is_bf16) {
     }
 }
 
-void attend_decode(const Decode *d, int is_bf16, int threads) {
-#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
+void attend_decode(const Decode *d, int is_bf16) {
+#pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (long row = 0; row < d->rows; row++)
         for (long kv_head = 0; kv_head < d->kv_heads; kv_head++) {
             if (is_bf16) attend_heads(d, row, kv_head, 1);
@@ -324,9 +324,9 @@ INLINE float quantized_row(const void *x, uint8_t *out, long dim, int is_bf16) {
     return highest / 127.0f + poison;
 }
 
-void quantize(const char *x, uint8_t *out, float *scales, long rows, long dim, int is_bf16, int threads) {
+void quantize(const char *x, uint8_t *out, float *scales, long rows, long dim, int is_bf16) {
     long bytes = dim * (is_bf16 ? 2 : 4);
-#pragma omp parallel for num_threads(threads) if (rows * dim > 16384)
+#pragma omp parallel for if (rows * dim > 16384)
     for (long row = 0; row < rows; row++)
         scales[row] = is_bf16 ? quantized_row(x + row * bytes, out + row * dim, dim, 1)
                               : quantized_row(x + row * bytes, out + row * dim, dim, 0);
@@ -343,9 +343,9 @@ INLINE void scale_row(void *x, float scale, const void *bias, long dim, int is_b
     }
 }
 
-void scale_rows(char *x, const float *scales, const void *bias, long rows, long dim, int is_bf16, int threads) {
+void scale_rows(char *x, const float *scales, const void *bias, long rows, long dim, int is_bf16) {
     long bytes = dim * (is_bf16 ? 2 : 4);
-#pragma omp parallel for num_threads(threads) if (rows * dim > 16384)
+#pragma omp parallel for if (rows * dim > 16384)
     for (long row = 0; row < rows; row++) {
         if (is_bf16) scale_row(x + row * bytes, scales[row], bias, dim, 1);
         else scale_row(x + row * bytes, scales[row], bias, dim, 0);
@@ -368,9 +368,9 @@ INLINE long best_of(const void *row, long dim, int is_bf16) {
     return i;
 }
 
-void argmax(const char *x, long *out, long rows, long dim, int is_bf16, int threads) {
+void argmax(const char *x, long *out, long rows, long dim, int is_bf16) {
     long bytes = dim * (is_bf16 ? 2 : 4);
-#pragma omp parallel for num_threads(threads) if (rows * dim > 16384)
+#pragma omp parallel for if (rows * dim > 16384)
     for (long row = 0; row < rows; row++)
         out[row] = is_bf16 ? best_of(x + row * bytes, dim, 1) : best_of(x + row * bytes, dim, 0);
 }

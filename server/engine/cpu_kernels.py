@@ -18,6 +18,8 @@ from pathlib import Path
 import structlog
 import torch
 
+from server.engine.threads import load_openmp
+
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 COMPILE_S = 120.0
@@ -58,14 +60,14 @@ class CpuKernels:
     """The compiled functions. Their tensors are on the CPU, in fp32 or bf16; the last dimension is contiguous."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._rms_norm = _function(library.rms_norm, *[c_void_p] * 3, c_long, c_long, c_float, c_int, c_int, c_int)
-        self._silu_mul = _function(library.silu_mul, *[c_void_p] * 2, c_long, c_long, c_int, c_int)
-        self._rotate = _function(library.rotate, *[c_void_p] * 3, *[c_long] * 5, c_int, c_int)
+        self._rms_norm = _function(library.rms_norm, *[c_void_p] * 3, c_long, c_long, c_float, c_int, c_int)
+        self._silu_mul = _function(library.silu_mul, *[c_void_p] * 2, c_long, c_long, c_int)
+        self._rotate = _function(library.rotate, *[c_void_p] * 3, *[c_long] * 5, c_int)
         self._write_kv = _function(library.write_kv, *[c_void_p] * 4, *[c_long] * 9)
-        self._attend_decode = _function(library.attend_decode, POINTER(Decode), c_int, c_int)
-        self._quantize = _function(library.quantize, *[c_void_p] * 3, c_long, c_long, c_int, c_int)
-        self._scale_rows = _function(library.scale_rows, *[c_void_p] * 3, c_long, c_long, c_int, c_int)
-        self._argmax = _function(library.argmax, *[c_void_p] * 2, c_long, c_long, c_int, c_int)
+        self._attend_decode = _function(library.attend_decode, POINTER(Decode), c_int)
+        self._quantize = _function(library.quantize, *[c_void_p] * 3, c_long, c_long, c_int)
+        self._scale_rows = _function(library.scale_rows, *[c_void_p] * 3, c_long, c_long, c_int)
+        self._argmax = _function(library.argmax, *[c_void_p] * 2, c_long, c_long, c_int)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, plus_one: bool) -> torch.Tensor:
         """`weight * x / rms(x)` over the last dimension; `1 + weight` with `plus_one`, as Gemma has it."""
@@ -73,7 +75,7 @@ class CpuKernels:
         out = torch.empty_like(x)
         dim = x.shape[-1]
         self._rms_norm(
-            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon, plus_one, *_how(x)
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon, plus_one, _is_bf16(x)
         )
         return out
 
@@ -81,7 +83,7 @@ class CpuKernels:
         """`[..., 2 * dim]` to `[..., dim]`: silu of the first half times the second."""
         dim = gate_up.shape[-1] // 2
         out = gate_up.new_empty((*gate_up.shape[:-1], dim))
-        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), out.numel() // dim, dim, *_how(gate_up))
+        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), out.numel() // dim, dim, _is_bf16(gate_up))
         return out
 
     def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -89,7 +91,7 @@ class CpuKernels:
         _, heads, tokens, dim = x.shape
         _, head_stride, token_stride, _ = x.stride()
         self._rotate(
-            x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), tokens, heads, dim, token_stride, head_stride, *_how(x)
+            x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), tokens, heads, dim, token_stride, head_stride, _is_bf16(x)
         )
         return x
 
@@ -128,26 +130,26 @@ class CpuKernels:
         _, decode.head_stride, decode.token_stride, _ = query.stride()
         decode.query, decode.out, decode.layer = query.data_ptr(), out.data_ptr(), layer.data_ptr()
         decode.seen_out, decode.seen_lse = (None, None) if seen is None else (seen[0].data_ptr(), seen[1].data_ptr())
-        self._attend_decode(decode, *_how(query))
+        self._attend_decode(decode, _is_bf16(query))
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[rows, dim]` as bytes around 128 and a scale a row `[rows]`, NaN for a row that is not finite."""
         out = torch.empty(x.shape, dtype=torch.uint8)
         scales = torch.empty(x.shape[0], dtype=torch.float32)
-        self._quantize(x.data_ptr(), out.data_ptr(), scales.data_ptr(), *x.shape, *_how(x))
+        self._quantize(x.data_ptr(), out.data_ptr(), scales.data_ptr(), *x.shape, _is_bf16(x))
         return out, scales
 
     def scale_rows(self, x: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x` `[rows, dim]` times a scale a row `[rows]`, plus `bias` `[dim]`, in place."""
         at = None if bias is None else bias.data_ptr()
-        self._scale_rows(x.data_ptr(), scales.data_ptr(), at, *x.shape, *_how(x))
+        self._scale_rows(x.data_ptr(), scales.data_ptr(), at, *x.shape, _is_bf16(x))
         return x
 
     def argmax(self, logits: torch.Tensor) -> list[int]:
         """The first best token of each row `[rows, vocab_size]`; -1 where a NaN or an infinity is among them."""
         logits = logits.contiguous()
         out = torch.empty(logits.shape[0], dtype=torch.long)
-        self._argmax(logits.data_ptr(), out.data_ptr(), *logits.shape, *_how(logits))
+        self._argmax(logits.data_ptr(), out.data_ptr(), *logits.shape, _is_bf16(logits))
         found: list[int] = out.tolist()
         return found
 
@@ -162,9 +164,8 @@ def _function(found: ctypes._NamedFuncPointer, *types: type) -> ctypes._NamedFun
     return found
 
 
-def _how(x: torch.Tensor) -> tuple[bool, int]:
-    """Is it bf16, and the threads that may work on it."""
-    return x.dtype is torch.bfloat16, torch.get_num_threads()
+def _is_bf16(x: torch.Tensor) -> bool:
+    return x.dtype is torch.bfloat16
 
 
 def load_kernels(folder: Path) -> CpuKernels | None:
@@ -173,9 +174,7 @@ def load_kernels(folder: Path) -> CpuKernels | None:
         path = folder / f"cpu-kernels-{_key()}.so"
         if not path.exists():
             _compile(path)
-        # The threads of torch's own products do the work: the library's OpenMP symbols are those that torch has loaded.
-        for openmp in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-            ctypes.CDLL(str(openmp), ctypes.RTLD_GLOBAL)
+        load_openmp()  # the threads of torch's own products do the work
         return CpuKernels(ctypes.CDLL(str(path)))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         log.warning("cpu_kernels_missing", reason=str(error))

@@ -30,6 +30,8 @@ class QuantizedWeight:
         self._packed = torch.ops.onednn.qlinear_prepack(self._rounded(weight), None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.numel():
+            return x.new_empty((*x.shape[:-1], self.out_features))
         rows = x.reshape(-1, self.in_features).contiguous()
         values, scales = self._kernels.quantize(rows)
         product = torch.ops.onednn.qlinear_pointwise.default(
