@@ -56,6 +56,7 @@ class Metrics:
             return Histogram(f"prefixserve_{name}", text, buckets=buckets, registry=self.registry)
 
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests.")
+        self._prompt_tokens_cached = counter("prompt_tokens_cached", "Of these, reused from earlier text.")
         self._generation_tokens = counter("generation_tokens", "Generated tokens of finished requests.")
         self._started = counter("request_admitted", "Requests admitted to the queue.")
         self._success = counter("request_success", "Finished requests.", ("finished_reason",))
@@ -73,8 +74,9 @@ class Metrics:
     def request_started(self) -> None:
         self._started.inc()
 
-    def tokens(self, num_prompt: int, num_generated: int) -> None:
+    def tokens(self, num_prompt: int, num_cached: int, num_generated: int) -> None:
         self._prompt_tokens.inc(num_prompt)
+        self._prompt_tokens_cached.inc(num_cached)
         self._generation_tokens.inc(num_generated)
         self._prompt_lengths.observe(num_prompt)
         self._generation_lengths.observe(num_generated)
@@ -122,6 +124,7 @@ class EngineCollector(Collector):
             "num_requests_running": ("Requests in the batch, of an ensemble with all its rows.", stats.num_running),
             "num_requests_waiting": ("Requests that wait for a place, their prefix or KV memory.", stats.num_waiting),
             "kv_cache_usage_perc": ("KV memory of the rows' text in use, 0 to 1.", kv_usage),
+            "kv_blocks_cached": ("Blocks of text that no row holds and that may come again.", stats.kv_blocks_cached),
             "prefix_resident": ("Prefixes in device memory.", stats.num_resident),
             "prefix_pinned": ("Of them, in use or pinned by the operator.", stats.num_pinned),
             "prefix_resident_bytes": ("Device memory that resident prefixes use.", stats.prefix_bytes_used),

@@ -77,9 +77,12 @@ class World:
         layouts = {ref.digest: ref.layout for prefixes in self.requests[name] for ref in prefixes}
         return sum(prefix_blocks(layout, self.shape) for layout in layouts.values())
 
-    def sequence(self, request_id: str, name: str, prompt: list[int], params: SamplingParams) -> Sequence:
+    def sequence(
+        self, request_id: str, name: str, prompt: list[int], params: SamplingParams, tenant_id: str = ""
+    ) -> Sequence:
         start = (0,) if self.shape.is_encoder_decoder else ()
-        return Sequence(request_id, prompt, params, Detokenizer(letter_tokenizer(VOCAB)), self.requests[name], start)
+        detokenizer = Detokenizer(letter_tokenizer(VOCAB))
+        return Sequence(request_id, prompt, params, detokenizer, self.requests[name], start, tenant_id)
 
     def sequences(self) -> list[Sequence]:
         """Every kind twice: greedy, sampled, penalised, with prompts of 1 to 60 tokens."""
@@ -181,7 +184,50 @@ def test_answers_are_varied_enough_to_prove_something(alone: list[list[int]]) ->
 def test_a_mixed_batch_gives_the_tokens_of_rows_alone(world: World, alone: list[list[int]], stagger: int) -> None:
     engine = world.engine()
     assert run(engine, world.sequences(), stagger=stagger) == alone
-    assert run(engine, world.sequences(), stagger=stagger) == alone  # warm
+    again = world.sequences()
+    assert run(engine, again, stagger=stagger) == alone  # warm, the text too
+    assert any(sequence.num_cached_tokens for sequence in again) != world.shape.is_encoder_decoder
+
+
+def test_text_that_comes_again_gives_the_tokens_of_a_cold_start(world: World) -> None:
+    """Every kind: a template with two ends, the first's answer as a chat's history, and a tenant that shares nothing.
+    In a pool that keeps all of it, and in one that evicts and preempts."""
+    choose = random.Random(4)
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    template = [choose.randrange(world.shape.vocab_size) for _ in range(37)]
+    prompts: dict[tuple[str, str], list[int]] = {}
+    expected: dict[tuple[str, str], list[int]] = {}
+
+    def cold(name: str, prompt: list[int]) -> list[int]:
+        return run(world.engine(), [world.sequence("cold", name, prompt, params)])[0]
+
+    for name in world.requests:
+        answer = cold(name, [*template, 1])
+        expected[name, "first"] = expected[name, "foreign"] = answer
+        prompts[name, "first"] = prompts[name, "foreign"] = [*template, 1]
+        for which, prompt in (("second", [*template, 2, 3]), ("history", [*template, 1, *answer, 4])):
+            prompts[name, which], expected[name, which] = prompt, cold(name, prompt)
+    for kv in (8000, 40 * 16):
+        engine = world.engine(kv=kv)
+        num_cached: Counter[str] = Counter()
+        for round_ in range(2):
+            order = choose.sample(list(prompts), len(prompts))
+            sequences = [
+                world.sequence(f"{round_} {key}", key[0], prompts[key], params, "other" if key[1] == "foreign" else "")
+                for key in order
+            ]
+            answers = run(engine, sequences, stagger=3)
+            for key, sequence, tokens in zip(order, sequences, answers, strict=True):
+                assert tokens == expected[key], (key, kv, sequence.num_cached_tokens, sequence.num_preemptions)
+                num_cached[key[0]] += sequence.num_cached_tokens
+        if world.shape.is_encoder_decoder:
+            assert not num_cached.total()
+        elif kv == 8000:
+            assert not engine.scheduler.num_preemptions
+            assert min(num_cached[name] for name in world.requests) >= 4 * 32, num_cached
+        else:
+            assert engine.scheduler.num_preemptions
+            assert num_cached.total()
 
 
 def test_eviction_and_reload_give_the_same_tokens(world: World, alone: list[list[int]]) -> None:
@@ -226,7 +272,7 @@ def test_500_aborts_at_random_moments_leak_nothing(world: World, beside: bool) -
         reached.remove("prefill")  # the step that encodes gives the first token
     assert min(moments[name] for name in reached) >= 10, moments
     assert moments["preempted"]
-    assert engine.own_allocator.num_used == 0
+    assert engine.own_blocks.num_used == 0
     assert engine.residents.num_references == 0
 
 

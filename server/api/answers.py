@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import RequestError
-from server.api.state import AppState, Target
+from server.api.state import TENANT, AppState, Target
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, TokenOutput
@@ -61,7 +61,8 @@ async def start_answers(
 
     async def admit(one: SamplingParams, members: tuple[Composition, ...]) -> RequestStream:
         text = streams[0].prompt_token_ids if streams else prompt  # it is tokenised once
-        stream = await state.engine.generate(text, one, members, state.row_id(request.state.request_id))
+        row_id = state.row_id(request.state.request_id)
+        stream = await state.engine.generate(text, one, members, row_id, TENANT)
         streams.append(stream)
         return stream
 

@@ -106,6 +106,7 @@ class AsyncEngine:
         sampling_params: SamplingParams,
         members: tuple[Composition, ...],
         request_id: str,
+        tenant_id: str,
     ) -> RequestStream:
         """Admit a request of one row a member. Raises OverloadedError before tokenising, PromptTooLongError after."""
         if self._is_draining:
@@ -120,7 +121,7 @@ class AsyncEngine:
             for prefixes in members:
                 check_context(self.shape, prefixes, len(token_ids), len(start_ids), sampling_params.max_new_tokens)
             detokenizer = Detokenizer(self.tokenizer, sampling_params.stop, sampling_params.include_stop)
-            sequence = Sequence(request_id, token_ids, sampling_params, detokenizer, members, start_ids)
+            sequence = Sequence(request_id, token_ids, sampling_params, detokenizer, members, start_ids, tenant_id)
             stream = RequestStream(sequence, lambda: self._abort(request_id))
             self._engine.check_room(sequence)
         except BaseException:
@@ -301,6 +302,6 @@ class AsyncEngine:
         else:
             self._metrics.inter_token(now - previous_s)
         if output.token.finish_reason is not None:
-            self._metrics.tokens(sequence.num_prompt_tokens, sequence.num_generated_tokens)
+            self._metrics.tokens(sequence.num_prompt_tokens, sequence.num_cached_tokens, sequence.num_generated_tokens)
             self._metrics.e2e(now - sequence.arrival_s)
             self._metrics.request_finished(output.token.finish_reason)

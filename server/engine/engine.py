@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from prefix_store.prefix import Prefix
 from server.engine.batch import batch_of
+from server.engine.cached_blocks import CachedBlocks
 from server.engine.errors import EngineError, GenerationError, PromptTooLongError
 from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, num_blocks_for, prefix_blocks
 from server.engine.model_runner import ModelRunner
@@ -61,12 +62,12 @@ class Engine:
         self._special_token_ids = special_token_ids
         num_own_blocks = runner.kv_blocks.num_blocks - 1 - num_prefix_blocks
         self.prefix_allocator = BlockAllocator(1, num_prefix_blocks)
-        self.own_allocator = BlockAllocator(1 + num_prefix_blocks, num_own_blocks)
+        self.own_blocks = CachedBlocks(BlockAllocator(1 + num_prefix_blocks, num_own_blocks))
         self.residents = ResidentPrefixes(
             self.prefix_allocator, lambda layout: prefix_blocks(layout, runner.shape), self._start_load
         )
         self.scheduler = Scheduler(
-            self.own_allocator,
+            self.own_blocks,
             self.residents,
             runner.kv_blocks.clear,
             max_rows=max_rows,
@@ -88,11 +89,11 @@ class Engine:
 
     def check_room(self, sequence: Sequence) -> None:
         """Raises PromptTooLongError for a sequence that could never finish, even alone."""
-        if sequence.max_blocks > self.own_allocator.num_blocks:
+        if sequence.max_blocks > self.own_blocks.num_blocks:
             raise PromptTooLongError(
                 f"prompt ({sequence.num_prompt_tokens} tokens) and max_new_tokens "
                 f"({sequence.sampling_params.max_new_tokens}) in {len(sequence.rows)} rows must fit "
-                f"{self.own_allocator.num_blocks * BLOCK_SIZE} tokens of KV memory"
+                f"{self.own_blocks.num_blocks * BLOCK_SIZE} tokens of KV memory"
             )
         refs = {ref.digest: ref for row in sequence.rows for ref in row.prefixes}
         needed = sum(prefix_blocks(ref.layout, self.runner.shape) for ref in refs.values())
@@ -126,15 +127,12 @@ class Engine:
         return [self._fail(sequence, error) for sequence in tuple(self._sequences.values())]
 
     def check_integrity(self) -> None:
-        """Every block is free or has one owner; every row that holds a prefix is counted. For tests, after a step."""
+        """Every block is free, cached or held; every row that holds a prefix is counted. For tests, after a step."""
         self.residents.check_integrity()
         sequences = [*self.scheduler.running, *self.scheduler.waiting]
         assert {id(sequence) for sequence in sequences} == {id(sequence) for sequence in self._sequences.values()}
         rows = [row for sequence in sequences for row in sequence.rows]
-        used = [block for row in rows for block in (*row.block_table, *row.cross_table)]
-        assert len(used) == len(set(used)), "two rows share a block"
-        assert not self.own_allocator.free_ids() & set(used), "a used block is in the free list"
-        assert len(used) == self.own_allocator.num_used, "a block leaked"
+        self.own_blocks.check_integrity(rows)
         held = sum(len(row.residents) for row in rows)
         assert held == self.residents.num_references, "a prefix is held by a row that is gone"
 
@@ -161,6 +159,8 @@ class Engine:
         params = sequence.sampling_params
         token_id = chosen.token_id
         sequence.append(token_id)
+        for row in sequence.rows:
+            self.own_blocks.register(row)
         text = sequence.detokenizer.append(token_id)
         if token_id in self._eos_token_ids and not params.ignore_eos:
             sequence.finish_reason = "eos_token"

@@ -15,6 +15,7 @@ class EngineStats:
     num_waiting: int
     num_rows_max: int
     kv_blocks_used: int
+    kv_blocks_cached: int
     kv_blocks_total: int
     block_size: int
     prefix_bytes_used: int
@@ -32,8 +33,9 @@ def stats_of(engine: Engine, num_requests: int) -> EngineStats:
         num_running=len(engine.scheduler.running),
         num_waiting=max(0, num_requests - len(engine.scheduler.running)),
         num_rows_max=engine.scheduler.max_rows,
-        kv_blocks_used=engine.own_allocator.num_used,
-        kv_blocks_total=engine.own_allocator.num_blocks,
+        kv_blocks_used=engine.own_blocks.num_used,
+        kv_blocks_cached=engine.own_blocks.num_cached,
+        kv_blocks_total=engine.own_blocks.num_blocks,
         block_size=BLOCK_SIZE,
         prefix_bytes_used=engine.prefix_allocator.num_used * num_bytes,
         prefix_bytes_total=engine.prefix_allocator.num_blocks * num_bytes,

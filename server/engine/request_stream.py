@@ -100,8 +100,8 @@ class RequestStream:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens whose K and V were reused from earlier text."""
-        return 0
+        """Prompt tokens whose K and V were reused from earlier text, by every row of an ensemble."""
+        return self._sequence.num_cached_tokens
 
     @property
     def num_generated_tokens(self) -> int:

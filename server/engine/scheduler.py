@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 
+from server.engine.cached_blocks import CachedBlocks
 from server.engine.errors import EngineError, QueueTimeoutError
-from server.engine.kv_blocks import BlockAllocator, num_blocks_for
+from server.engine.kv_blocks import BLOCK_SIZE, num_blocks_for
 from server.engine.resident_prefixes import ResidentPrefixes
 from server.engine.sequence import Row, Sequence
 
 
 class Scheduler:
-    """Owns `waiting` and `running`, and the blocks of the rows' own text, which `clear` zeroes.
+    """Owns `waiting` and `running`, and gives rows the blocks for their own text, which `clear` zeroes.
 
     A waiting sequence holds its prefixes, all or none, from the first time that there is room for them, so a prefix
     that was loaded for it is there when it starts. Sequences pass one another only where the one in front waits for a
@@ -24,7 +25,7 @@ class Scheduler:
 
     def __init__(
         self,
-        allocator: BlockAllocator,
+        own_blocks: CachedBlocks,
         residents: ResidentPrefixes,
         clear: Callable[[list[int]], None],
         *,
@@ -33,7 +34,7 @@ class Scheduler:
         max_queue_s: float,
     ) -> None:
         assert max_step_tokens >= max_rows, "every running row needs a token a step"
-        self._allocator = allocator
+        self._own_blocks = own_blocks
         self._residents = residents
         self._clear = clear
         self.max_rows = max_rows
@@ -54,7 +55,7 @@ class Scheduler:
         for sequence in sorted(self.running, key=_is_prefilling):  # decode rows first
             if sequence not in self.running:
                 continue  # preempted by one before it
-            wanted = _share(sequence, budget)
+            wanted = _share([row.num_uncomputed_tokens for row in sequence.rows], budget)
             if not any(wanted) or not self._grow(sequence, wanted, scheduled):
                 continue
             scheduled.append(sequence)
@@ -81,7 +82,7 @@ class Scheduler:
             num_blocks_for(row.num_computed_tokens + count) - len(row.block_table)
             for row, count in zip(sequence.rows, wanted, strict=True)
         ]
-        while not self._allocator.can_allocate(sum(missing)):
+        while not self._own_blocks.can_allocate(sum(missing)):
             victim = self.running[-1]
             if victim in scheduled:  # its blocks are written in this step
                 scheduled.remove(victim)
@@ -89,12 +90,12 @@ class Scheduler:
             if victim is sequence:
                 return False
         for row, count, num_tokens in zip(sequence.rows, missing, wanted, strict=True):
-            row.block_table += self._allocator.allocate(count)
+            row.block_table += self._own_blocks.allocate(count)
             row.num_scheduled_tokens = num_tokens
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue. Its tokens are computed again; its prefixes stay held."""
+        """Back to the head of the queue. What is evicted of its text is computed again; its prefixes stay held."""
         self.running.remove(sequence)
         self._free_blocks(sequence)
         sequence.num_preemptions += 1
@@ -102,12 +103,11 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _free_blocks(self, sequence: Sequence) -> None:
-        blocks = [block for row in sequence.rows for block in (*row.block_table, *row.cross_table)]
+        blocks = [block for row in sequence.rows for block in row.unregistered_blocks]
         if blocks and sequence.finish_reason is None:  # of what it wrote last nobody has seen that it is finite
             self._clear(blocks)
-        self._allocator.release(blocks)
         for row in sequence.rows:
-            row.drop_computed()
+            self._own_blocks.release(row)
 
     def _admit(self, scheduled: list[Sequence], budget: int) -> list[tuple[Sequence, EngineError]]:
         failed: list[tuple[Sequence, EngineError]] = []
@@ -129,17 +129,22 @@ class Scheduler:
                 continue
             if not can_start or not all(row.is_ready for row in sequence.rows):
                 continue
-            wanted = _share(sequence, budget)
-            num_tokens = sum(wanted) + sum(row.num_unencoded_tokens for row in sequence.rows)
-            can_start = (
-                num_rows + len(sequence.rows) <= self.max_rows
-                and any(wanted)
-                and (num_tokens <= budget or is_first)  # an encoder's text cannot be cut: a long one goes first
-                and self._allocator.can_allocate(sum(_num_blocks_to_start(row) for row in sequence.rows))
-            )
+            can_start = budget > 0 and num_rows + len(sequence.rows) <= self.max_rows
             if not can_start:
                 continue  # those behind do not pass, but their prefixes may load
-            self._start(sequence, wanted, now)
+            reused = [self._own_blocks.find(row) for row in sequence.rows]
+            rows = list(zip(sequence.rows, reused, strict=True))
+            wanted = _share([row.num_uncomputed_tokens - len(found) * BLOCK_SIZE for row, found in rows], budget)
+            num_tokens = sum(wanted) + sum(row.num_unencoded_tokens for row in sequence.rows)
+            num_blocks = sum(_num_blocks_to_start(row) - len(found) for row, found in rows)
+            can_start = (
+                any(wanted)
+                and (num_tokens <= budget or is_first)  # an encoder's text cannot be cut: a long one goes first
+                and self._own_blocks.can_allocate(num_blocks, chain.from_iterable(reused))
+            )
+            if not can_start:
+                continue
+            self._start(sequence, reused, wanted, now)
             is_first = False
             num_rows += len(sequence.rows)
             budget -= num_tokens
@@ -148,13 +153,17 @@ class Scheduler:
             self.finish(sequence)
         return failed
 
-    def _start(self, sequence: Sequence, wanted: list[int], now: float) -> None:
+    def _start(self, sequence: Sequence, reused: list[list[int]], wanted: list[int], now: float) -> None:
+        for row, found in zip(sequence.rows, reused, strict=True):
+            self._own_blocks.hold(row, found)  # of all rows, before an allocation can evict any
         for row, count in zip(sequence.rows, wanted, strict=True):
-            row.block_table = self._allocator.allocate(num_blocks_for(len(row.token_ids)))
-            row.cross_table = self._allocator.allocate(num_blocks_for(len(row.encoder_ids)))
+            row.block_table += self._own_blocks.allocate(num_blocks_for(len(row.token_ids)) - len(row.block_table))
+            row.cross_table = self._own_blocks.allocate(num_blocks_for(len(row.encoder_ids)))
             row.num_scheduled_tokens = count
         if sequence.started_s is None:
             sequence.started_s = now
+            num_reused = min(row.num_computed_tokens for row in sequence.rows)
+            sequence.num_cached_tokens = min(num_reused, sequence.num_prompt_tokens)
         self.waiting.remove(sequence)
         self.running.append(sequence)
 
@@ -188,12 +197,18 @@ def _is_prefilling(sequence: Sequence) -> bool:
     return any(row.num_uncomputed_tokens > 1 for row in sequence.rows)
 
 
-def _share(sequence: Sequence, budget: int) -> list[int]:
-    """Tokens a row. Where the budget does not take all, every row keeps its last one back: they end together."""
-    uncomputed = [row.num_uncomputed_tokens for row in sequence.rows]
+def _share(uncomputed: list[int], budget: int) -> list[int]:
+    """Tokens a row, of those `uncomputed`. Where the budget does not take all, every row keeps its last one back: they
+    end together. What a row cannot use goes to those with more."""
     if sum(uncomputed) <= budget:
         return uncomputed
-    return [max(0, min(count - 1, budget // len(uncomputed))) for count in uncomputed]
+    shares = [0] * len(uncomputed)
+    num_left = len(uncomputed)
+    for index in sorted(range(len(uncomputed)), key=uncomputed.__getitem__):
+        shares[index] = min(uncomputed[index] - 1, budget // num_left)
+        budget -= shares[index]
+        num_left -= 1
+    return shares
 
 
 def _num_blocks_to_start(row: Row) -> int:

@@ -5,7 +5,9 @@ A sequence has one row, or N where an ensemble's members choose every token toge
 
 from __future__ import annotations
 
+import hashlib
 import time
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -87,10 +89,15 @@ class Context:
 class Row:
     """One stream of the batch. Its text holds positions from the prefixes' end on; a KV infix leaves a gap after the
     prompt, and its separator is the first token to see it. A negative token id -1-i stands for embedding i of the
-    row's soft prompt, where that is part of the stream."""
+    row's soft prompt, where that is part of the stream. Rows of different tenants share no text."""
 
     def __init__(
-        self, prefixes: Composition, prompt: list[int], decoder_start_ids: tuple[int, ...], max_new_tokens: int
+        self,
+        prefixes: Composition,
+        prompt: list[int],
+        decoder_start_ids: tuple[int, ...],
+        max_new_tokens: int,
+        tenant_id: str = "",
     ) -> None:
         self.prefixes = prefixes
         self.residents: list[ResidentPrefix] = []
@@ -100,7 +107,9 @@ class Row:
         self.num_scheduled_tokens = 0  # of them, how many this step computes
         self.is_encoded = False
         self.block_table: list[int] = []
+        self.num_registered_blocks = 0  # of the block table, the first ones, which other rows may hold too
         self.cross_table: list[int] = []
+        self._hash_chain = [hashlib.sha256(repr((tenant_id, prefixes)).encode()).digest()]
         gap = 0
         for ref in prefixes:
             layout = ref.layout
@@ -143,6 +152,16 @@ class Row:
         return num_blocks_for(len(self.context.own_positions)) + num_blocks_for(len(self.encoder_ids))
 
     @property
+    def num_reusable_blocks(self) -> int:
+        """Full blocks of the text known before its last token. None of a text that depends on an encoder's."""
+        return 0 if self.encoder_ids else (len(self.token_ids) - 1) // BLOCK_SIZE
+
+    @property
+    def unregistered_blocks(self) -> list[int]:
+        """That no other row may hold."""
+        return [*self.block_table[self.num_registered_blocks :], *self.cross_table]
+
+    @property
     def is_ready(self) -> bool:
         """All its prefixes are held and loaded."""
         return len(self.residents) == len(self.prefixes) and all(r.state == "ready" for r in self.residents)
@@ -155,10 +174,21 @@ class Row:
     def shared_blocks(self, context: Context) -> list[int]:
         return [block for span in context.spans for block in self.residents[span.index].part_tables[span.part]]
 
+    def block_hash(self, index: int) -> bytes:
+        """Of block `index` of the text, which is full: sha256 over all that its K and V depend on. That is the tenant
+        (by choice), the prefixes in their order, and the tokens and their positions up to its end."""
+        chain = self._hash_chain
+        while len(chain) <= index + 1:
+            end = len(chain) * BLOCK_SIZE
+            token_ids = array("q", self.token_ids[end - BLOCK_SIZE : end])
+            positions = self.context.own_positions[end - BLOCK_SIZE : end]
+            chain.append(hashlib.sha256(chain[-1] + token_ids.tobytes() + positions.tobytes()).digest())
+        return chain[index + 1]
+
     def drop_computed(self) -> None:
         """Everything has to be computed again."""
         self.block_table, self.cross_table = [], []
-        self.num_computed_tokens = self.num_scheduled_tokens = 0
+        self.num_computed_tokens = self.num_scheduled_tokens = self.num_registered_blocks = 0
         self.is_encoded = False
 
     def _num_shared(self, part: str) -> int:
@@ -188,7 +218,8 @@ def _length(layout: Layout, part: str) -> int:
 
 
 class Sequence:
-    """A request from arrival to its last token."""
+    """A request from arrival to its last token. It reuses text of its own tenant only: `num_cached_tokens` counts, at
+    its first start, the prompt tokens whose K and V every one of its rows took from earlier text."""
 
     def __init__(
         self,
@@ -198,6 +229,7 @@ class Sequence:
         detokenizer: Detokenizer,
         members: tuple[Composition, ...] = ((),),
         decoder_start_ids: tuple[int, ...] = (),
+        tenant_id: str = "",
     ) -> None:
         assert prompt_token_ids, "a prompt has at least one token"
         assert members
@@ -208,8 +240,11 @@ class Sequence:
         self.output_token_ids: list[int] = []
         self._decoder_start_ids = decoder_start_ids
         max_new_tokens = sampling_params.max_new_tokens
-        self.rows = tuple(Row(prefixes, prompt_token_ids, decoder_start_ids, max_new_tokens) for prefixes in members)
+        self.rows = tuple(
+            Row(prefixes, prompt_token_ids, decoder_start_ids, max_new_tokens, tenant_id) for prefixes in members
+        )
         self.finish_reason: FinishReason | None = None
+        self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.arrival_s = time.monotonic()
         self.started_s: float | None = None

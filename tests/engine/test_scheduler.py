@@ -239,7 +239,7 @@ def test_a_preempted_ensemble_gives_back_all_its_rows_and_keeps_its_prefixes(lla
     prefixes = {name: kv(shape, 5) for name in "ab"}
     refs = refs_of(prefixes)
     engine = make_engine(llama, prefixes)
-    engine.own_allocator.allocate(engine.own_allocator.num_free - 4)  # 4 blocks are left
+    engine.own_blocks.allocate(engine.own_blocks.num_free - 4)  # 4 blocks are left
     old = make_sequence(engine, "old", 15, ((),))
     ensemble = make_sequence(engine, "ensemble", 3, ((refs["a"],), (refs["b"],)))
     other = make_sequence(engine, "other", 15, ((),))
@@ -252,7 +252,7 @@ def test_a_preempted_ensemble_gives_back_all_its_rows_and_keeps_its_prefixes(lla
     while engine.has_work:
         assert all(output.error is None for output in engine.step())
     assert ensemble.num_generated_tokens == 3
-    assert engine.own_allocator.num_free == 4
+    assert engine.own_blocks.num_free == 4
 
 
 def test_waiting_for_room_counts_no_hit_and_loads_nothing(llama: Any) -> None:
