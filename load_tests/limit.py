@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from figures import Bound, in_ms, in_turn
 from in_process import CPU, InProcess
-from results import Run, options
+from results import REORDERED, SAMPLING, Run, options
 from workloads import asks_of, measures_of
 
 from server.engine.linear import FUSED, ReorderedWeight
@@ -27,7 +27,7 @@ MAX_STEP_ROWS, CONTEXT = 64, 64
 AT_LEAST = {torch.bfloat16: 0.60, torch.float32: 0.70}
 BOUND_ROWS = (32, 64)
 READ_BYTES = 5 * 2**28
-PLAIN, REORDERED, INT8, STEP, SAMPLING = "plain products", "reordered", "int8", "model step", "sampling"
+PLAIN, INT8, STEP = "plain products", "int8", "model step"
 Products = list[Callable[[torch.Tensor], object]]
 
 

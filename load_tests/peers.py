@@ -22,14 +22,14 @@ import torch
 from child import Child, DeclinedError
 from contenders import Contender, OpenVino, Peft, TransformersBatching
 from figures import Bound, Series, in_turn
-from results import Run, options
+from results import OURS, Run, options
 from served import Served, served
 from workloads import WORKLOADS, Measures, Workload, check_prompts, measures_of
 
 from server.engine.model_runner import native_dtype
 from server.model_files import cache_dir, find_model
 
-OURS, ONE_BY_ONE, GROUPED = "prefixserve", "PEFT", "PEFT by task"
+ONE_BY_ONE, GROUPED = "PEFT", "PEFT by task"
 TRANSFORMERS, OPENVINO = "transformers", "OpenVINO GenAI"
 BOUNDS = {
     "zipf": (

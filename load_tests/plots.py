@@ -29,8 +29,11 @@ def draw_growth(part: Part, path: Path) -> None:
         panel.plot(places, [series.median for series in every], marker="o")
         lows, highs = [min(series.values) for series in every], [max(series.values) for series in every]
         panel.fill_between(places, lows, highs, alpha=0.2)
-        panel.set_xscale("log", base=2 if max(places) <= 4096 else 10)
-        panel.set_ylim(bottom=0)
+        panel.set_xscale("log")
+        panel.set_xticks(places, list(experiment.series))
+        panel.minorticks_off()
+        panel.set_ylim(0, 1.1 * max(highs))
+        panel.set_xlabel(experiment.title, fontsize=8)
         _label(panel, experiment)
     figure.savefig(path, dpi=110)
 

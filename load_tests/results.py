@@ -33,8 +33,8 @@ INTROS = {
     LIMIT: (
         "The machine's limit",
         "The model's matrix products alone against its step (batch building included, sampling apart), at context 64. "
-        "Activations of the int8 products are 8-bit already. Then how many times as fast as each the reordered products "
-        "are.",
+        "Activations of the int8 products are 8-bit already. Then how many times as fast as each the "
+        "reordered products are.",
     ),
     BUDGETS: ("What the budgets are read from", "Each pair in turn, round by round; medians with the range."),
     GROWTH: ("Growth", "Tokens a second over HTTP, 32 in and 32 out; medians with the range."),
