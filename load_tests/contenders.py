@@ -147,11 +147,14 @@ class OpenVino:
     """OpenVINO GenAI's continuous batching, which reads the GGUF itself. It has no prefixes; it keeps text for
     workloads that ask for the same one again."""
 
-    def __init__(self, gguf: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         import openvino_genai
 
         self._genai = openvino_genai
-        self._gguf = gguf
+        found = list(folder.glob("*.gguf"))
+        if len(found) != 1:
+            raise FileNotFoundError(f"expected the default model's GGUF beside it, found {len(found)}")
+        self._gguf = found[0]
         self._pipeline: Any = None
         self._keeps_text: bool | None = None
 

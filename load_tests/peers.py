@@ -116,19 +116,18 @@ def run_peers(run: Run, names: list[str]) -> None:
     dtype = native_dtype("auto", torch.device("cpu"))
     measures = measures_of(files.path)
     check_prompts(files.path)
-    (gguf,) = cache_dir().glob("*.gguf")
     with ExitStack() as stack:
         children: dict[str, Child] = {
             ONE_BY_ONE: Child(partial(Peft, files.path, dtype, is_grouped=False)),
             GROUPED: Child(partial(Peft, files.path, dtype, is_grouped=True)),
             TRANSFORMERS: Child(partial(TransformersBatching, files.path, dtype)),
-            OPENVINO: Child(partial(OpenVino, gguf)),
+            OPENVINO: Child(partial(OpenVino, cache_dir())),
         }
         for child in children.values():
             stack.callback(child.close)
         for name in names:
-            options = room_for(WORKLOADS[name](run.is_quick, 0), measures, dtype)
-            with served(*options) as server:
+            room = room_for(WORKLOADS[name](run.is_quick, 0), measures, dtype)
+            with served(*room) as server:
                 contenders = {OURS: Ours(server, measures), **children}
                 workload, series = compete(name, contenders, run.rounds, run.is_quick)
             run.keep(name, workload.title, workload.unit, series, BOUNDS.get(name, ()))
