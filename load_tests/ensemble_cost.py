@@ -9,45 +9,40 @@ interleaved, the end has the medians of their ratios with the range.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
-import torch
-from served import served, spread
-from throughput import NUM_IN, NUM_OUT, prompts
-from transformers import AutoTokenizer
+from figures import in_turn
+from served import Served, served
+from workloads import NUM_IN, NUM_OUT, Task, asks_of, measures_of
 
-from prefix_store.prefix import Prefix
 from server.model_files import find_model
 
 NUM_MEMBERS = 5
+RULES = ("mean_probs", "vote")
+
+
+def seconds(server: Served, task: Task, turn: int) -> float:
+    return server.seconds(asks_of([task], turn=turn), NUM_OUT)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
-    files = find_model(None)
-    text = prompts(AutoTokenizer.from_pretrained(files.path))[0]
-    with served(files, dtype=arguments.dtype) as server:
-        store, shape = server.state.store, server.state.engine.shape
-        generator = torch.Generator().manual_seed(0)
-        for i in range(NUM_MEMBERS):
-            embeddings = torch.randn(10 + 5 * i, shape.hidden_size, generator=generator) * 0.1
-            store.publish("default", f"m{i}", Prefix("soft", embeddings=embeddings), base="unverified")
-        members = [f"m{i}@1" for i in range(NUM_MEMBERS)]
-        rules = ("mean_probs", "vote")
-        for rule in rules:
-            store.publish_ensemble("default", rule, store.make_ensemble("default", members, rule))
-        ratios: dict[str, list[float]] = {rule: [] for rule in rules}
-        for turn in range(arguments.pairs + 2):  # the first two warm up
-            one = server.seconds([(text, "m2")], NUM_OUT)
-            for rule in rules:
-                ratio = server.seconds([(text, rule)], NUM_OUT) / one
-                if turn >= 2:
-                    ratios[rule].append(ratio)
-    print(f"{shape.dtype}, {NUM_MEMBERS} members, {NUM_IN} in, {NUM_OUT} out, {arguments.pairs} pairs")
-    for rule, found in ratios.items():
-        print(f"{rule}: {spread(found)} times one request")
+    members = [Task(f"m{i}", num_virtual_tokens=10 + 5 * i, seed=i) for i in range(NUM_MEMBERS)]
+    with served("--dtype", arguments.dtype) as server:
+        server.publish(members, measures_of(find_model(None).path))
+        for rule in RULES:
+            names = [f"{member.name}@1" for member in members]
+            server.put(rule, json={"kind": "ensemble", "members": names, "rule": rule})
+        tasks = {"one": members[2]} | {rule: Task(rule) for rule in RULES}
+        measures = {name: partial(seconds, server, task) for name, task in tasks.items()}
+        found = in_turn(measures, arguments.pairs, num_warm=2)
+        dtype = server.get("/info")["model_dtype"]
+    print(f"{dtype}, {NUM_MEMBERS} members, {NUM_IN} in, {NUM_OUT} out, {arguments.pairs} pairs")
+    for rule in RULES:
+        print(f"{rule}: {found[rule].over(found['one'])} times one request")
 
 
 if __name__ == "__main__":

@@ -15,25 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import in_turn
 from peft import PeftModel
-from served import served, spread
+from served import served
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from workloads import Ask, Task
 
 from server.model_files import find_model
-from server.start import publish_examples
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "phonemes"
 NUM_REQUESTS, NUM_OUT = 32, 16
 
 
 @torch.inference_mode()
-def ask_peft(models: dict[str, Any], tokenizer: Any, asked: list[tuple[str, str]]) -> float:
+def ask_peft(models: dict[str, Any], tokenizer: Any, asks: list[Ask]) -> float:
     """Seconds, one request after another. PEFT cannot hold prefixes of different types in one model: each task has
     one of its own, so nothing is spent on switching."""
     start_s = time.perf_counter()
-    for text, task in asked:
-        encoded = tokenizer(text, return_tensors="pt")
-        models[task].generate(
+    for ask in asks:
+        assert ask.task is not None
+        encoded = tokenizer(ask.text, return_tensors="pt")
+        models[ask.task.name].generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
             max_new_tokens=NUM_OUT,
@@ -53,25 +55,24 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(files.path)
     tasks = sorted(path.name for path in (EXAMPLE / "prefixes").iterdir())
     words = {task: (EXAMPLE / "held_back" / f"{task}.jsonl").read_text().splitlines() for task in tasks}
-    asked = [
-        (json.loads(words[tasks[i % len(tasks)]][i])["inputs"], tasks[i % len(tasks)]) for i in range(NUM_REQUESTS)
+    asks = [
+        Ask(json.loads(words[task][i])["inputs"], Task(task))
+        for i, task in ((i, tasks[i % len(tasks)]) for i in range(NUM_REQUESTS))
     ]
-    with served(files, dtype=arguments.dtype, model_alias=("phonemes-t5",)) as server:
-        publish_examples(server.state.store, EXAMPLE / "prefixes")
-        dtype = server.state.engine.shape.dtype
+    options = ("--model", str(files.path), "--model-alias", "phonemes-t5", "--dtype", arguments.dtype)
+    with served(*options, "--publish-examples", str(EXAMPLE / "prefixes")) as server:
+        dtype = getattr(torch, server.get("/info")["model_dtype"])
         models: dict[str, Any] = {}
         for task in tasks:
             base = AutoModelForSeq2SeqLM.from_pretrained(files.path, dtype=dtype)
             models[task] = PeftModel.from_pretrained(base, EXAMPLE / "prefixes" / task).eval()
-        ratios = []
-        for turn in range(arguments.pairs + 1):  # the first warms up
-            ours = server.seconds(asked, NUM_OUT)
-            theirs = ask_peft(models, tokenizer, asked)
-            if turn:
-                ratios.append(theirs / ours)
-                print(f"ours {ours:.2f} s, PEFT {theirs:.2f} s, {theirs / ours:.1f}x", flush=True)
+        measures = {
+            "ours": lambda _: server.seconds(asks, NUM_OUT),
+            "PEFT": lambda _: ask_peft(models, tokenizer, asks),
+        }
+        found = in_turn(measures, arguments.pairs)
     print(f"{dtype}, {NUM_REQUESTS} requests, {len(tasks)} tasks, {arguments.pairs} pairs")
-    print(f"ratio {spread(ratios)}")
+    print(f"ours {found['ours']} s, PEFT {found['PEFT']} s, {found['PEFT'].over(found['ours'])}x")
 
 
 if __name__ == "__main__":

@@ -1,72 +1,170 @@
-"""A server in a thread of this process, on a free loopback port, for what is measured over HTTP."""
+"""The real program in a process of its own on a free loopback port, and this process as its client."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
+import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
-import uvicorn
+import psutil
+from http_client import Connection
+from machine import ROOT
+from workloads import Ask, Measures, Task
 
-from server.api.app import create_app
-from server.api.state import AppState
-from server.config import Settings
-from server.model_files import ModelFiles
-from server.start import make_state
+from prefix_store.native_format import write_native
+
+READY_S, STOP_S = 120, 30
 
 
 @dataclass(frozen=True)
+class Answer:
+    """When each token came, seconds after the request was sent, and the details of the last event."""
+
+    sent_s: float
+    tokens_s: tuple[float, ...]
+    details: dict[str, Any]
+
+
 class Served:
-    url: str
-    state: AppState
+    """`ready_s` is the time from its start to the first good answer of `/readyz`."""
 
-    def seconds(self, asked: Sequence[tuple[str, str | None]], num_tokens: int) -> float:
-        """For all (text, task) at once, `num_tokens` new tokens each, EOS ignored, until the last answer is there."""
-        return asyncio.run(self._seconds(asked, num_tokens))
+    def __init__(self, process: subprocess.Popen[bytes], port: int, ready_s: float) -> None:
+        self._process, self._port = process, port
+        self._published: set[Task] = set()
+        self.ready_s = ready_s
 
-    async def _seconds(self, asked: Sequence[tuple[str, str | None]], num_tokens: int) -> float:
-        parameters = {"max_new_tokens": num_tokens, "ignore_eos": True}
-        limits = httpx.Limits(max_connections=len(asked))
-        async with httpx.AsyncClient(base_url=self.url, timeout=300, limits=limits) as client:
+    @property
+    def memory_bytes(self) -> int:
+        return int(psutil.Process(self._process.pid).memory_info().rss)
 
-            async def ask(text: str, task: str | None) -> None:
-                query = {} if task is None else {"task": task}
-                answer = await client.post("/generate", params=query, json={"inputs": text, "parameters": parameters})
-                assert answer.status_code == 200, answer.text
+    def get(self, path: str) -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self._port}{path}", timeout=60).raise_for_status().json()
+        return found
 
+    def put(self, task: str, **body: Any) -> None:
+        """A version of `task`: `content` a native file, or `json` an ensemble."""
+        httpx.put(f"http://127.0.0.1:{self._port}/v1/prefixes/{task}", timeout=300, **body).raise_for_status()
+
+    def publish(self, tasks: Iterable[Task], measures: Measures) -> None:
+        """Those that are not there yet."""
+        for task in tasks:
+            if task not in self._published:
+                headers = {"Content-Type": "application/octet-stream"}
+                self.put(task.name, content=write_native(task.prefix(measures)), headers=headers)
+                self._published.add(task)
+
+    def preload(self, tasks: Iterable[str]) -> None:
+        """Make them resident, one after another."""
+        asyncio.run(self.preload_all(tasks))
+
+    async def preload_all(self, tasks: Iterable[str]) -> None:
+        connection = await Connection.open(self._port)
+        for task in tasks:
+            await connection.request("POST", f"/v1/prefixes/{task}/preload")
+        await connection.close()
+
+    def lookup_s(self, tasks: Sequence[str]) -> float:
+        """Seconds that describing a task takes, one after another."""
+
+        async def ask() -> float:
+            connection = await Connection.open(self._port)
             start_s = time.perf_counter()
-            await asyncio.gather(*(ask(text, task) for text, task in asked))
-            return time.perf_counter() - start_s
+            for task in tasks:
+                await connection.request("GET", f"/v1/prefixes/{task}")
+            took_s = time.perf_counter() - start_s
+            await connection.close()
+            return took_s / len(tasks)
+
+        return asyncio.run(ask())
+
+    def seconds(self, asks: Sequence[Ask], num_out: int, num_at_once: int = 64) -> float:
+        """From the first request to the last answer, `num_out` new tokens each, EOS ignored."""
+        return asyncio.run(self._seconds(asks, num_out, num_at_once))
+
+    def streams(self, asks: Sequence[Ask], num_out: int) -> list[Answer]:
+        """All at once, a token an event."""
+        return asyncio.run(self.stream_all(asks, num_out))
+
+    async def stream_all(self, asks: Sequence[Ask], num_out: int) -> list[Answer]:
+        connections = await asyncio.gather(*(Connection.open(self._port) for _ in asks))
+
+        async def listen(connection: Connection, ask: Ask) -> Answer:
+            sent_s = time.perf_counter()
+            times, details = [], {}
+            async for event in connection.events(_target("/generate_stream", ask), _body(ask, num_out)):
+                times.append(time.perf_counter() - sent_s)
+                details = event["details"] or details
+            return Answer(sent_s, tuple(times), details)
+
+        found = await asyncio.gather(*map(listen, connections, asks))
+        await asyncio.gather(*(connection.close() for connection in connections))
+        return found
+
+    async def _seconds(self, asks: Sequence[Ask], num_out: int, num_at_once: int) -> float:
+        waiting = iter(asks)
+        connections = await asyncio.gather(*(Connection.open(self._port) for _ in asks[:num_at_once]))
+
+        async def work(connection: Connection) -> None:
+            for ask in waiting:
+                await connection.request("POST", _target("/generate", ask), _body(ask, num_out))
+
+        start_s = time.perf_counter()
+        await asyncio.gather(*map(work, connections))
+        took_s = time.perf_counter() - start_s
+        await asyncio.gather(*(connection.close() for connection in connections))
+        return took_s
 
 
 @contextmanager
-def served(files: ModelFiles, **settings: Any) -> Iterator[Served]:
-    """`settings` are those of `serve`; the data folder is thrown away."""
-    with tempfile.TemporaryDirectory() as folder:
-        state = make_state(Settings(data_dir=Path(folder), port=0, **settings), files)
-        server = uvicorn.Server(uvicorn.Config(create_app(state), host="127.0.0.1", port=0, log_config=None))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            time.sleep(0.05)
-        try:
-            yield Served(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", state)
-        finally:
-            server.should_exit = True
-            thread.join()
-            state.store.close()
+def served(*options: str, data_dir: Path | None = None) -> Iterator[Served]:
+    """`options` are those of `serve`. Ready at entry; without a `data_dir` of the caller's its data is thrown away."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        data = ["--data-dir", str(data_dir or Path(folder) / "data"), "--port", str(port)]
+        command = [sys.executable, "-m", "server", "serve", *data, *options]
+        start_s = time.perf_counter()
+        with (
+            (Path(folder) / "log").open("wb") as log,
+            subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process,
+        ):
+            try:
+                while not _is_ready(port):
+                    took_s = time.perf_counter() - start_s
+                    if process.poll() is not None or took_s > READY_S:
+                        raise RuntimeError(f"no server after {took_s:.0f} s: {Path(log.name).read_text()[-2000:]}")
+                    time.sleep(0.02)
+                yield Served(process, port, time.perf_counter() - start_s)
+                process.terminate()
+                process.wait(STOP_S)
+            finally:
+                process.kill()
 
 
-def spread(values: Sequence[float]) -> str:
-    """The median with the range."""
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return f"{median:.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
+def _is_ready(port: int) -> bool:
+    """With nothing but a socket: building a client of its own would take longer than the answer."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as one:
+            one.sendall(b"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            return one.recv(64).split(b" ", 2)[1:2] == [b"200"]
+    except OSError:
+        return False
+
+
+def _target(route: str, ask: Ask) -> str:
+    return route if ask.task is None else f"{route}?task={quote(ask.task.name)}"
+
+
+def _body(ask: Ask, num_out: int) -> dict[str, Any]:
+    return {"inputs": ask.text, "parameters": {"max_new_tokens": num_out, "ignore_eos": True}}
