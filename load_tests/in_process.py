@@ -13,6 +13,7 @@ from workloads import Ask, Measures, Task
 
 from prefix_store.prefix import ModelShape, Prefix
 from server.engine.batch import batch_of
+from server.engine.cpu_kernels import load_kernels
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, split_pool
 from server.engine.kv_blocks import KVBlocks, block_bytes
@@ -20,7 +21,7 @@ from server.engine.model_runner import ModelRunner, load_model, measure_shape
 from server.engine.sampler import sample
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import PrefixRef, Sequence
-from server.model_files import ModelFiles, fingerprint
+from server.model_files import ModelFiles, cache_dir, fingerprint
 
 CPU = torch.device("cpu")
 STANDS_STILL = 2  # new tokens that a row may have: it samples one and never gets to the second
@@ -43,7 +44,7 @@ class Rows:
         """Seconds that choosing from the logits of such a step takes."""
         logits = self._logits()
         start_s = time.perf_counter()
-        sample(logits, list(self.sequences))
+        sample(logits, list(self.sequences), self.engine.runner.kv_blocks.kernels)
         return time.perf_counter() - start_s
 
     @property
@@ -72,8 +73,10 @@ class InProcess:
         kv_tokens: int = 64 * 128,
         prefix_tokens: int = 64 * 32,
         max_step_tokens: int = 512,
+        quantizes: bool = False,
     ) -> None:
-        model = load_model(files.path, dtype, CPU)
+        kernels = load_kernels(cache_dir() / "kernels")
+        model = load_model(files.path, dtype, CPU, kernels=kernels, quantizes=quantizes)
         self.shape: ModelShape = measure_shape(model, files.name, fingerprint(files.path))
         self._measures = measures
         self._tokenizer = AutoTokenizer.from_pretrained(files.path)
@@ -81,7 +84,7 @@ class InProcess:
         self._ids = itertools.count()
         num_blocks, num_prefix_blocks = split_pool(kv_tokens, prefix_tokens)
         self._engine = Engine(
-            ModelRunner(model, self.shape, KVBlocks(self.shape, num_blocks, CPU)),
+            ModelRunner(model, self.shape, KVBlocks(self.shape, num_blocks, CPU, kernels)),
             self._prefixes.__getitem__,
             num_prefix_blocks=num_prefix_blocks,
             max_rows=max_rows,

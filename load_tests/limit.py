@@ -18,8 +18,9 @@ from in_process import CPU, InProcess
 from results import REORDERED, SAMPLING, Run, options
 from workloads import asks_of, measures_of
 
-from server.engine.linear import FUSED, ReorderedWeight
+from server.engine.linear import FUSED
 from server.engine.model_runner import load_model, native_dtype
+from server.engine.reordered_weights import ReorderedWeight
 from server.model_files import ModelFiles, find_model
 
 ROW_COUNTS = (1, 8, 32, 64, 256)
