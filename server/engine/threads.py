@@ -22,7 +22,7 @@ def load_openmp() -> ctypes.CDLL | None:
 
 def use_one_thread() -> None:
     """The calling thread computes alone from now on."""
-    torch.get_num_threads()  # torch sets a thread's number when it sees it first, and would undo what follows
+    torch.zeros(2).add_(1)  # torch sets a thread's number at its first operator, and would undo what follows
     openmp = load_openmp()
     if openmp is not None:
         openmp.omp_set_num_threads(1)
