@@ -54,8 +54,9 @@ def packed_attention(
     queries = query[0].transpose(0, 1)  # [num_tokens, num_heads, head_dim]
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
     kernels = batch.kv_blocks.kernels
+    fits = kernels is not None and query.stride(-1) == 1 and query.dtype is batch.kv_blocks.dtype
     for group in groups:
-        if kernels is not None and group.is_decode and (is_plain or is_cross) and query.stride(-1) == 1:
+        if kernels is not None and fits and group.is_decode and (is_plain or is_cross):
             decode = group.decode(layer, sliding_window, scaling)
             kernels.attend_decode(decode, query, out, batch.kv_blocks.layers[layer], seen)
             continue
