@@ -91,8 +91,8 @@ def _attend_shared(layer: int, query: torch.Tensor, batch: Batch, scaling: float
         keys, values = keys[None, :, : shared.num_tokens], values[None, :, : shared.num_tokens]
         rows = query.index_select(2, shared.token_index).view(1, num_kv_heads, -1, head_dim)
         out, lse = _attend_with_lse(rows, keys, values, scaling)
-        seen.out.index_copy_(0, shared.token_index, out.view(num_heads, -1, head_dim).transpose(0, 1).float())
-        seen.lse.index_copy_(0, shared.token_index, lse.view(num_heads, -1).T)
+        seen.out.index_copy_(0, shared.token_index, out.reshape(num_heads, -1, head_dim).transpose(0, 1).float())
+        seen.lse.index_copy_(0, shared.token_index, lse.reshape(num_heads, -1).T)
     return seen
 
 
