@@ -56,8 +56,21 @@ ROWWISE: dict[str, Callable[[CpuKernels, torch.Tensor], torch.Tensor]] = {
     "gemma_norm": lambda kernels, x: kernels.rms_norm(x, randn(x.shape[-1], dtype=x.dtype), 1e-6, plus_one=True),
     "silu_mul": lambda kernels, x: kernels.silu_mul(x[:, : x.shape[-1] // 2 * 2].contiguous()),
     "rotate": lambda kernels, x: rotated(kernels, x),
+    "quantize": lambda kernels, x: unquantized(*kernels.quantize(x)),
+    "scale_rows": lambda kernels, x: kernels.scale_rows(
+        x.clone(), x[:, 0].float().contiguous(), randn(x.shape[-1], dtype=x.dtype)
+    ),
     "argmax": lambda kernels, x: torch.tensor(kernels.argmax(x))[:, None],
 }
+
+
+def first(x: torch.Tensor) -> torch.Tensor:
+    """Of each row, as a scale."""
+    return x[:, 0].float().contiguous()
+
+
+def unquantized(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (values.float() - 128) * scales[:, None]
 
 
 def rotated(kernels: CpuKernels, x: torch.Tensor) -> torch.Tensor:
@@ -140,6 +153,34 @@ def test_argmax_finds_no_token_in_a_row_that_is_not_finite(
     logits[2, place] = value
     assert kernels.argmax(logits) == [*expected[:2], -1, expected[3]]
     assert kernels.argmax(torch.full((1, 37), -INF, dtype=dtype)) == [-1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 16, 31, 577])
+@pytest.mark.parametrize("scale", [1e-38, 1e-6, 1.0, 1e30])
+def test_quantised_rows_are_within_half_a_step(kernels: CpuKernels, scale: float, dim: int, dtype: torch.dtype) -> None:
+    x = (randn(9, dim) * scale).to(dtype)
+    x[4] = 0
+    values, scales = kernels.quantize(x)
+    steps = x.double().abs().amax(-1, keepdim=True) / 127
+    assert values.dtype is torch.uint8
+    assert (values[4] == 128).all()
+    torch.testing.assert_close(scales.double()[:, None], steps, rtol=1e-5, atol=1e-44)
+    if scale > 1e-30:
+        assert ((unquantized(values, scales).double() - x.double()).abs() <= 0.5001 * steps).all()
+        assert (values.amax(-1) == 255).logical_or(values.amin(-1) == 1)[[0, 1, 2, 3, 5, 6, 7, 8]].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 17, 200])
+def test_scale_rows_works_in_place(kernels: CpuKernels, dim: int, dtype: torch.dtype) -> None:
+    x, scales, bias = randn(6, dim, dtype=dtype), randn(6, seed=1), randn(dim, dtype=dtype, seed=2)
+    for added in (None, bias):
+        expected = x.double() * scales.double()[:, None] + (0 if added is None else added.double())
+        taken = x.clone()
+        found = kernels.scale_rows(taken, scales, added)
+        assert found.data_ptr() == taken.data_ptr()
+        check_near(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
