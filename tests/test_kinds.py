@@ -58,6 +58,13 @@ def test_rows_that_share_a_prefix_answer_as_the_naive_loop(
     assert max(num_shared) >= (3 if max_step_tokens == 24 else 1)
 
 
+def test_rows_share_a_prefix_by_plain_products_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on another device than a CPU."""
+    share_every_prefix(monkeypatch)
+    monkeypatch.setattr(attention, "_attend_with_lse", attention._products_with_lse)
+    assert not world.twice().answers(stagger=40)
+
+
 def test_every_kind_answers_so_after_eviction_and_preemption(world: World) -> None:
     kv, room = (20, 14) if world.shape.is_encoder_decoder else (26, 7)
     world.check_after_eviction_and_preemption(kv=kv * 16, room=room * 16)

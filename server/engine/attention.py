@@ -103,6 +103,13 @@ def _attend_with_lse(
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
         return out, lse
+    return _products_with_lse(query, key, value, scaling)
+
+
+def _products_with_lse(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where torch has no kernel for it."""
     scores = (query @ key.transpose(-1, -2)).float() * scaling
     lse = scores.logsumexp(-1)
     return torch.exp(scores - lse[..., None]).to(value.dtype) @ value, lse
