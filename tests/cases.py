@@ -1,24 +1,31 @@
-"""What the oracles share: cases with a reference's answer, run all together through our engine, and the tie rule."""
+"""What the oracles share: cases with a reference's answer, run all together through our engine in each of the ways
+that it may compute, and the tie rule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from prefix_store.prefix import Prefix
+from prefix_store.prefix import Layers, ModelShape, Prefix
+from server.engine import batch
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
+from server.engine.engine import Engine, StepOutput, split_pool
 from server.engine.kv_blocks import KVBlocks
-from server.engine.model_runner import ModelRunner
+from server.engine.model_runner import ModelRunner, load_model, measure_shape
 from server.engine.sampling_params import SamplingParams
+from server.engine.self_check import self_check
 from server.engine.sequence import PrefixRef, Sequence
 from tests.tiny_models import letter_tokenizer
 
 NEW_TOKENS, TIE = 32, 1e-3
+WAYS = ("plain", "reordered", "kernels")
+PATHS = ("plain", "kernels")  # the model's own modules, and none of them that a kernel can replace
 
 
 @dataclass
@@ -32,15 +39,116 @@ class Case:
     logits: torch.Tensor  # [NEW_TOKENS, vocab_size], or the log of an ensemble's mean
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A saved model, what it was asked and what it answered by another's code than ours."""
+
+    folder: Path
+    prefixes: dict[str, Prefix]
+    cases: list[Case]
+
+    def world(self, way: str, kernels: CpuKernels) -> World:
+        """Through the check at start, as the server goes."""
+        used = kernels if way == "kernels" else None
+        model = load_model(self.folder, torch.float32, torch.device("cpu"), reorders=way != "plain", kernels=used)
+        shape = tiny_shape(model)
+        self_check(model, shape, used)
+        return World(model, shape, self.prefixes, self.cases, used)
+
+
+@dataclass(frozen=True)
+class World:
+    """The model with our attention, computing in one of the ways that the server may take, and what it is asked."""
+
+    model: Any
+    shape: ModelShape
+    prefixes: dict[str, Prefix]
+    cases: list[Case]
+    kernels: CpuKernels | None
+
+    def answers(self, prefixes: dict[str, Prefix] | None = None, **options: Any) -> list[str]:
+        """What is wrong, with `prefixes` in the place of those of their names; `options` are `run_ours`'s."""
+        used = self.prefixes | (prefixes or {})
+        return wrong(self.cases, run_ours(self.model, self.shape, self.cases, used, kernels=self.kernels, **options))
+
+    def wrong_names(self, prefixes: dict[str, Prefix] | None = None) -> set[str]:
+        """Cases that are answered wrongly, all in one batch."""
+        return {text.partition(" at ")[0] for text in self.answers(prefixes, stagger=20)}
+
+    def check_notices(self, changed: dict[str, Prefix], *must: str) -> None:
+        """Some of the cases that a change concerns are answered wrongly, those of `must` among them; no other is."""
+        found = self.wrong_names(changed)
+        concerned = {case.name for case in self.cases if any(name in row for row in case.members for name in changed)}
+        assert found
+        assert set(must) <= found <= concerned
+
+    def check_proves_something(self) -> None:
+        assert len({token for case in self.cases for token in case.tokens}) >= 8
+        assert len({tuple(case.tokens) for case in self.cases}) == len(self.cases)
+
+    def check_after_eviction_and_preemption(self, *, kv: int, room: int) -> None:
+        seen = {"evictions": 0, "preemptions": 0}
+
+        def count(engine: Engine) -> None:
+            seen["evictions"] = engine.residents.counts.num_evictions
+            seen["preemptions"] = engine.scheduler.num_preemptions
+
+        assert not self.answers(kv=kv, room=room, stagger=20, each_step=count)
+        assert min(seen.values()) >= 3, seen
+
+    def twice(self) -> World:
+        """Every request, and beside it another of the same prefixes."""
+        again = [replace(case, name=f"{case.name}, again") for case in self.cases]
+        return replace(self, cases=[case for pair in zip(self.cases, again, strict=True) for case in pair])
+
+
+def tiny_shape(model: Any) -> ModelShape:
+    return replace(measure_shape(model, "tiny", "none"), max_virtual_tokens=64)
+
+
+def without_last_token(layers: Layers) -> Layers:
+    return {i: (key[:, :-1], value[:, :-1]) for i, (key, value) in layers.items()}
+
+
+def share_every_prefix(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As if all were long. What comes back grows, step by step, by the number of prefixes that rows shared."""
+    made, num_shared = batch.make_batch, [0]
+
+    def counted(*args: Any, **more: Any) -> batch.Batch:
+        found = made(*args, **more)
+        num_shared.append(len(found.shared_keys))
+        return found
+
+    monkeypatch.setattr(batch, "MIN_SHARED_TOKENS", 1)
+    monkeypatch.setattr(batch, "make_batch", counted)
+    return num_shared
+
+
+class WholeSteps(Engine):
+    """Where a step fails the engine runs each of its sequences alone: right answers, but no batch. Here it may not."""
+
+    is_running = False
+
+    def _run(self, scheduled: list[Sequence]) -> list[StepOutput]:
+        assert not self.is_running, "a whole step failed"
+        self.is_running = True
+        try:
+            return super()._run(scheduled)
+        finally:
+            self.is_running = False
+
+
 def run_ours(
     model: Any,
-    shape: Any,
+    shape: ModelShape,
     cases: list[Case],
     prefixes: dict[str, Prefix],
     *,
     kernels: CpuKernels | None = None,
     kv: int = 4096,
     room: int = 1024,
+    max_rows: int = 24,
+    max_step_tokens: int = 24,
     stagger: int = 1,
     each_step: Callable[[Engine], None] = lambda _: None,
 ) -> list[list[int]]:
@@ -48,7 +156,13 @@ def run_ours(
     tokenizer = letter_tokenizer()
     num_blocks, num_prefix_blocks = split_pool(kv, room)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu"), kernels))
-    engine = Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=24, max_step_tokens=24)
+    engine = WholeSteps(
+        runner,
+        prefixes.__getitem__,
+        num_prefix_blocks=num_prefix_blocks,
+        max_rows=max_rows,
+        max_step_tokens=max_step_tokens,
+    )
     sequences = [
         Sequence(
             case.name,

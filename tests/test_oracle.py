@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,23 @@ from peft import (
 from transformers import AutoModelForCausalLM
 
 from prefix_store.peft_format import read_peft
-from prefix_store.prefix import ModelShape, Prefix
+from prefix_store.prefix import Prefix
 from server.engine import batch
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.kv_blocks import KVBlocks
-from server.engine.model_runner import ModelRunner, load_model, measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.resident_prefixes import ResidentPrefix
-from server.engine.self_check import self_check
 from server.engine.sequence import PrefixRef, Row
-from tests.cases import NEW_TOKENS, Case, run_ours, wrong
+from tests.cases import (
+    NEW_TOKENS,
+    WAYS,
+    Case,
+    Reference,
+    World,
+    share_every_prefix,
+    tiny_shape,
+    without_last_token,
+)
 from tests.tiny_models import FAMILIES, VOCAB
 
 CAUSAL = TaskType.CAUSAL_LM
@@ -59,46 +67,28 @@ TYPES: dict[str, Callable[[], Any]] = {
 MULTITASK_INDEX = 2
 
 
-WAYS = ("plain", "reordered", "kernels")
-
-
-@dataclass(frozen=True)
-class World:
-    """The model with our attention, computing in one of the ways that the server may take."""
-
-    model: Any
-    shape: ModelShape
-    prefixes: dict[str, Prefix]
-    cases: list[Case]
-    kernels: CpuKernels | None
-
-    def answers(self, prefixes: dict[str, Prefix]) -> list[str]:
-        """What is wrong."""
-        return wrong(self.cases, run_ours(self.model, self.shape, self.cases, prefixes, kernels=self.kernels))
-
-
-@pytest.fixture(scope="module", params=[f"{name}-{way}" for name in FAMILIES for way in WAYS])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernels: CpuKernels) -> World:
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     torch.manual_seed(3)
-    name, way = request.param.split("-")
-    used = kernels if way == "kernels" else None
-    folder = tmp_path_factory.mktemp(name)
-    config = FAMILIES[name]()
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder / "model")
-    ours = load_model(folder / "model", torch.float32, torch.device("cpu"), reorders=way != "plain", kernels=used)
-    shape = replace(measure_shape(ours, "tiny", "none"), max_virtual_tokens=64)
-    self_check(ours, shape, used)
+    folder = tmp_path_factory.mktemp(request.param)
+    model = AutoModelForCausalLM.from_config(FAMILIES[request.param]()).float()
+    model.save_pretrained(folder / "model")
     prefixes, cases = {}, []
     for i, task in enumerate([*TYPES, None]):
         prompt = torch.randint(3, VOCAB, (3 + 4 * i % 17,)).tolist()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            case, prefix = _case(task, prompt, folder, shape)
+            case, prefix = _case(task, prompt, folder, tiny_shape(model))
         cases.append(case)
         if prefix is not None:
             prefixes[case.name] = prefix
     gc.collect()
-    return World(ours, shape, prefixes, cases, used)
+    return Reference(folder / "model", prefixes, cases)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def world(request: pytest.FixtureRequest, reference: Reference, kernels: CpuKernels) -> World:
+    return reference.world(request.param, kernels)
 
 
 def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> tuple[Case, Prefix | None]:
@@ -137,31 +127,27 @@ def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> tupl
 
 
 def test_the_references_answers_can_prove_something(world: World) -> None:
-    assert len({token for case in world.cases for token in case.tokens}) >= 8
-    assert len({tuple(case.tokens) for case in world.cases}) == len(world.cases)
+    world.check_proves_something()
 
 
-def test_mixed_tokens_equal_peft_alone(world: World) -> None:
-    assert not world.answers(world.prefixes)
+@pytest.mark.parametrize("stagger", [1, 20])
+@pytest.mark.parametrize("max_step_tokens", [5, 24])
+def test_mixed_tokens_equal_peft_alone(world: World, max_step_tokens: int, stagger: int) -> None:
+    """Of 5 tokens a step most prompts are read in several."""
+    options = {"max_rows": min(24, max_step_tokens), "max_step_tokens": max_step_tokens}
+    assert not world.answers(stagger=stagger, **options)
 
 
+@pytest.mark.parametrize("stagger", [1, 20])
+@pytest.mark.parametrize("max_step_tokens", [5, 24])
 def test_tokens_of_rows_that_share_a_prefixs_attention_equal_peft_alone(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, max_step_tokens: int, stagger: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every prefix counts as long, and two rows have each: one starts while the other decodes."""
-    monkeypatch.setattr(batch, "MIN_SHARED_TOKENS", 1)
-    again = [replace(case, name=f"{case.name}-again") for case in world.cases]
-    pairs = replace(world, cases=[case for pair in zip(world.cases, again, strict=True) for case in pair])
-    made, num_shared = batch.make_batch, []
-
-    def counted(*args: Any, **more: Any) -> batch.Batch:
-        found = made(*args, **more)
-        num_shared.append(len(found.shared_keys))
-        return found
-
-    monkeypatch.setattr(batch, "make_batch", counted)
-    assert not pairs.answers(world.prefixes)
-    assert max(num_shared) >= 4
+    """Two rows have each prefix: both start, or one while the other decodes."""
+    num_shared = share_every_prefix(monkeypatch)
+    options = {"max_rows": min(24, max_step_tokens), "max_step_tokens": max_step_tokens}
+    assert not world.twice().answers(stagger=stagger, **options)
+    assert max(num_shared) >= (4 if max_step_tokens == 24 else 2)
 
 
 def test_first_step_logits_equal_peft(world: World) -> None:
@@ -189,16 +175,13 @@ def test_first_step_logits_equal_peft(world: World) -> None:
 
 
 def test_swapped_prefixes_are_noticed(world: World) -> None:
-    prefixes = dict(world.prefixes)
-    prefixes["prefix"], prefixes["cartridge"] = prefixes["cartridge"], prefixes["prefix"]
-    assert world.answers(prefixes)
+    prefix, cartridge = world.prefixes["prefix"], world.prefixes["cartridge"]
+    world.check_notices({"prefix": cartridge, "cartridge": prefix}, "prefix", "cartridge")
 
 
 def test_a_dropped_virtual_token_is_noticed(world: World) -> None:
-    prefixes = dict(world.prefixes)
-    layers = {i: (k[:, :-1], v[:, :-1]) for i, (k, v) in prefixes["prefix"].layers.items()}
-    prefixes["prefix"] = replace(prefixes["prefix"], layers=layers)
-    assert [case for case in world.answers(prefixes) if case.startswith("prefix")]
+    full = world.prefixes["prefix"]
+    world.check_notices({"prefix": replace(full, layers=without_last_token(full.layers))}, "prefix")
 
 
 def test_shifted_positions_are_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,4 +194,4 @@ def test_shifted_positions_are_noticed(world: World, monkeypatch: pytest.MonkeyP
         return replace(found, position_ids=far)
 
     monkeypatch.setattr("server.engine.engine.batch_of", shifted)
-    assert world.answers(world.prefixes)
+    assert world.answers()

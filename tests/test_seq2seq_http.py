@@ -23,7 +23,7 @@ from server.start import make_state
 from tests import naive
 from tests.cases import NEW_TOKENS, TIE
 from tests.conftest import Served, serve_in_thread, settings_for
-from tests.tiny_models import HIDDEN, SEQ2SEQ_FAMILIES, VOCAB, letter_tokenizer
+from tests.tiny_models import HIDDEN, SEQ2SEQ_FAMILIES, VOCAB, letter_tokenizer, seq2seq_model
 
 NATIVE = {"Content-Type": "application/octet-stream"}
 NUM_TASKS = 16
@@ -69,17 +69,14 @@ def peft_config(i: int, token_dim: int) -> Any:
     )[i % 3]
 
 
-SEEDS = {"t5": 22, "bart": 28}  # of weights whose answers are varied
-
-
 World = tuple[Served, list[Expected], Path]
 
 
-@pytest.fixture(scope="module", params=list(SEEDS))
+@pytest.fixture(scope="module", params=["t5", "bart"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    torch.manual_seed(SEEDS[request.param])
+    torch.manual_seed(3)
     folder = tmp_path_factory.mktemp(request.param)
-    AutoModelForSeq2SeqLM.from_config(SEQ2SEQ_FAMILIES[request.param]()).float().save_pretrained(folder / "model")
+    seq2seq_model(SEQ2SEQ_FAMILIES[request.param]()).save_pretrained(folder / "model")
     letter_tokenizer().save_pretrained(folder / "model")
     settings = settings_for(folder / "data")
     for served in serve_in_thread(make_state(settings, ModelFiles(folder / "model", request.param))):

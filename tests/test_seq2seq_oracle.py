@@ -24,14 +24,23 @@ from peft import (
 from transformers import AutoModelForSeq2SeqLM
 
 from prefix_store.peft_format import read_peft
-from prefix_store.prefix import Layers, ModelShape, Prefix
+from prefix_store.prefix import ModelShape, Prefix
 from server.engine.batch import AttentionGroup, batch_of
-from server.engine.engine import Engine
+from server.engine.cpu_kernels import CpuKernels
 from server.engine.kv_blocks import KVBlocks, prefix_blocks
-from server.engine.model_runner import ModelRunner, load_model, measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.resident_prefixes import ResidentPrefix
 from server.engine.sequence import PrefixRef, Row
-from tests.cases import NEW_TOKENS, Case, run_ours, wrong
+from tests.cases import (
+    NEW_TOKENS,
+    PATHS,
+    Case,
+    Reference,
+    World,
+    share_every_prefix,
+    tiny_shape,
+    without_last_token,
+)
 from tests.tiny_models import SEQ2SEQ_FAMILIES, VOCAB, seq2seq_model
 
 SEQ2SEQ = {"task_type": TaskType.SEQ_2_SEQ_LM}
@@ -48,27 +57,30 @@ TYPES: dict[str, Callable[[dict[str, int]], Any]] = {
     "cartridge": lambda sizes: CartridgeConfig(**SEQ2SEQ, **sizes, num_virtual_tokens=18),
 }
 MULTITASK_INDEX = 1
-World = tuple[Any, ModelShape, dict[str, Prefix], list[Case]]
 
 
 @pytest.fixture(scope="module", params=list(SEQ2SEQ_FAMILIES))
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp(request.param)
-    seq2seq_model(SEQ2SEQ_FAMILIES[request.param]()).save_pretrained(folder / "model")
-    ours = load_model(folder / "model", torch.float32, torch.device("cpu"))
-    shape = replace(measure_shape(ours, "tiny", "none"), max_virtual_tokens=64)
+    model = seq2seq_model(SEQ2SEQ_FAMILIES[request.param]())
+    model.save_pretrained(folder / "model")
     prefixes, cases = {}, []
     for i, task in enumerate([*TYPES, "bare", *TYPES, "bare again"]):
         prompt = torch.randint(3, VOCAB, (4 + 7 * i % 31,)).tolist()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            case, prefix = _case(f"{task} {i}", task, prompt, folder, shape)
+            case, prefix = _case(f"{task} {i}", task, prompt, folder, tiny_shape(model))
         cases.append(case)
         if prefix is not None:
             prefixes[case.name] = prefix
     gc.collect()
-    return ours, shape, prefixes, cases
+    return Reference(folder / "model", prefixes, cases)
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def world(request: pytest.FixtureRequest, reference: Reference, kernels: CpuKernels) -> World:
+    return reference.world(request.param, kernels)
 
 
 def _case(name: str, task: str, prompt: list[int], folder: Path, shape: ModelShape) -> tuple[Case, Prefix | None]:
@@ -107,35 +119,33 @@ def _case(name: str, task: str, prompt: list[int], folder: Path, shape: ModelSha
 
 
 def test_the_references_answers_can_prove_something(world: World) -> None:
-    _, _, _, cases = world
-    assert len({token for case in cases for token in case.tokens}) >= 8
-    assert len({tuple(case.tokens) for case in cases}) == len(cases)
+    world.check_proves_something()
 
 
 @pytest.mark.parametrize("stagger", [1, 20])
 def test_mixed_tokens_equal_peft_alone(world: World, stagger: int) -> None:
-    model, shape, prefixes, cases = world
-    assert not wrong(cases, run_ours(model, shape, cases, prefixes, stagger=stagger))
+    assert not world.answers(stagger=stagger)
 
 
 def test_tokens_equal_peft_after_eviction_and_preemption(world: World) -> None:
-    model, shape, prefixes, cases = world
-    seen = {"evictions": 0, "preemptions": 0}
+    world.check_after_eviction_and_preemption(kv=10 * 16, room=5 * 16)
 
-    def count(engine: Engine) -> None:
-        seen["evictions"] = engine.residents.counts.num_evictions
-        seen["preemptions"] = engine.scheduler.num_preemptions
 
-    answers = run_ours(model, shape, cases, prefixes, kv=10 * 16, room=5 * 16, stagger=20, each_step=count)
-    assert not wrong(cases, answers)
-    assert min(seen.values()) >= 3, seen
+@pytest.mark.parametrize("stagger", [1, 40])
+def test_tokens_of_rows_that_share_a_prefix_equal_peft_alone(
+    world: World, stagger: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BART's decoder attends to it once for both rows; T5 weighs its keys by their distance from each row's query."""
+    num_shared = share_every_prefix(monkeypatch)
+    assert not world.twice().answers(stagger=stagger)
+    assert max(num_shared) >= 4
 
 
 def test_first_step_logits_equal_peft(world: World) -> None:
     """All rows start in one step, so their encoder texts are packed too."""
-    model, shape, prefixes, cases = world
-    kv_blocks = KVBlocks(shape, 128, torch.device("cpu"))
-    runner = ModelRunner(model, shape, kv_blocks)
+    shape, prefixes, cases = world.shape, world.prefixes, world.cases
+    kv_blocks = KVBlocks(shape, 128, torch.device("cpu"), world.kernels)
+    runner = ModelRunner(world.model, shape, kv_blocks)
     free = iter(range(1, 128))
     rows = []
     for case in cases:
@@ -154,46 +164,30 @@ def test_first_step_logits_equal_peft(world: World) -> None:
         assert float((found - case.logits[0]).abs().max()) < limit, case.name
 
 
-def without_last_token(layers: Layers) -> Layers:
-    return {i: (key[:, :-1], value[:, :-1]) for i, (key, value) in layers.items()}
-
-
-def concerned(found: list[str]) -> set[str]:
-    return {text.partition(" at ")[0] for text in found}
-
-
 @pytest.mark.parametrize(("one", "other"), [("prompt 0", "p_tuning 1"), ("prefix 3", "projected 4")])
 def test_swapped_prefixes_are_noticed(world: World, one: str, other: str) -> None:
-    model, shape, prefixes, cases = world
-    swapped = prefixes | {one: prefixes[other], other: prefixes[one]}
-    assert concerned(wrong(cases, run_ours(model, shape, cases, swapped, stagger=20))) == {one, other}
+    world.check_notices({one: world.prefixes[other], other: world.prefixes[one]}, one, other)
 
 
 @pytest.mark.parametrize("name", ["prompt 0", "multitask 2", "prefix 3", "cartridge 5"])
 def test_a_dropped_virtual_token_is_noticed(world: World, name: str) -> None:
-    model, shape, prefixes, cases = world
-    full = prefixes[name]
+    full = world.prefixes[name]
     embeddings = None if full.embeddings is None else full.embeddings[:-1]
-    short = replace(full, embeddings=embeddings, layers=without_last_token(full.layers))
-    found = wrong(cases, run_ours(model, shape, cases, prefixes | {name: short}, stagger=20))
-    assert concerned(found) == {name}
+    world.check_notices({name: replace(full, embeddings=embeddings, layers=without_last_token(full.layers))}, name)
 
 
 def test_decoder_text_one_position_too_far_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """BART's positions, T5's distances from the prefix; without one T5 cannot see a shift of everything."""
-    model, shape, prefixes, cases = world
     num_shared = Row._num_shared
     monkeypatch.setattr(Row, "_num_shared", lambda row, part: num_shared(row, part) + (part == "decoder"))
-    found = concerned(wrong(cases, run_ours(model, shape, cases, prefixes, stagger=20)))
-    behind_kv = {name for name, prefix in prefixes.items() if prefix.kind == "kv"}
-    assert found == ({case.name for case in cases} if model.config.model_type == "bart" else behind_kv)
+    behind_kv = {name for name, prefix in world.prefixes.items() if prefix.kind == "kv"}
+    is_bart = world.model.config.model_type == "bart"
+    assert world.wrong_names() == ({case.name for case in world.cases} if is_bart else behind_kv)
 
 
 def test_shifted_bias_distances_are_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shape, prefixes, cases = world
-    if model.config.model_type == "bart":
+    if world.model.config.model_type == "bart":
         pytest.skip("BART has no bias")
     bias = AttentionGroup.bias
     monkeypatch.setattr(AttentionGroup, "bias", lambda group, by_distance: bias(group, by_distance.roll(1, 0)))
-    found = concerned(wrong(cases, run_ours(model, shape, cases, prefixes, stagger=20)))
-    assert len(found) >= len(cases) - 2
+    assert len(world.wrong_names()) >= len(world.cases) - 2

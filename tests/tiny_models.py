@@ -66,20 +66,26 @@ BART = {
 SEQ2SEQ_FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "t5": lambda: T5Config(**T5, num_layers=3, num_heads=4, initializer_factor=1.5),
     "mt5": lambda: MT5Config(**T5, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu", initializer_factor=1.5),
-    "bart": lambda: BartConfig(**BART, init_std=0.2),
+    "bart": lambda: BartConfig(**BART, init_std=0.3),
+}
+SCALES = {  # of parameters, by the end of their names
+    "relative_attention_bias.weight": 10,
+    "Attention.o.weight": 2,
+    # BART's
+    "embed_positions.weight": 3,
+    "self_attn.out_proj.weight": 0.3,
+    "encoder_attn.out_proj.weight": 0.6,
+    "fc2.weight": 0.1,
 }
 
 
 def seq2seq_model(config: PretrainedConfig) -> Any:
-    """Random, with answers that vary: a token's own embedding weighs little, its position much."""
+    """Random, with answers that vary: a token itself weighs little, its position and what it attends to much."""
     model: Any = AutoModelForSeq2SeqLM.from_config(config).float()
     for name, parameter in model.named_parameters():
         if name == "shared.weight":  # of T5
             parameter.data *= 0.1
-        elif name.endswith("embed_positions.weight"):
-            parameter.data *= 3
-        elif "relative_attention_bias" in name:
-            parameter.data *= 10
+        parameter.data *= next((scale for end, scale in SCALES.items() if name.endswith(end)), 1)
     return model
 
 

@@ -54,8 +54,9 @@ def packed_attention(
     queries = query[0].transpose(0, 1)  # [num_tokens, num_heads, head_dim]
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
     kernels = batch.kv_blocks.kernels
+    fits = kernels is not None and query.stride(-1) == 1 and query.dtype is batch.kv_blocks.dtype
     for group in groups:
-        if kernels is not None and group.is_decode and (is_plain or is_cross) and query.stride(-1) == 1:
+        if kernels is not None and fits and group.is_decode and (is_plain or is_cross):
             decode = group.decode(layer, sliding_window, scaling)
             kernels.attend_decode(decode, query, out, batch.kv_blocks.layers[layer], seen)
             continue
@@ -90,8 +91,8 @@ def _attend_shared(layer: int, query: torch.Tensor, batch: Batch, scaling: float
         keys, values = keys[None, :, : shared.num_tokens], values[None, :, : shared.num_tokens]
         rows = query.index_select(2, shared.token_index).view(1, num_kv_heads, -1, head_dim)
         out, lse = _attend_with_lse(rows, keys, values, scaling)
-        seen.out.index_copy_(0, shared.token_index, out.view(num_heads, -1, head_dim).transpose(0, 1).float())
-        seen.lse.index_copy_(0, shared.token_index, lse.view(num_heads, -1).T)
+        seen.out.index_copy_(0, shared.token_index, out.reshape(num_heads, -1, head_dim).transpose(0, 1).float())
+        seen.lse.index_copy_(0, shared.token_index, lse.reshape(num_heads, -1).T)
     return seen
 
 
@@ -102,6 +103,13 @@ def _attend_with_lse(
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
         return out, lse
+    return _products_with_lse(query, key, value, scaling)
+
+
+def _products_with_lse(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where torch has no kernel for it."""
     scores = (query @ key.transpose(-1, -2)).float() * scaling
     lse = scores.logsumexp(-1)
     return torch.exp(scores - lse[..., None]).to(value.dtype) @ value, lse

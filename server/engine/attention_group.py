@@ -40,10 +40,10 @@ class AttentionGroup:
     key_positions: torch.Tensor
     is_causal: bool
     hidden: tuple[tuple[int, Hidden], ...] = ()  # (row, what some layers lack)
-    _masks: dict[tuple[int | None, tuple[bool, ...]], torch.Tensor] = field(default_factory=dict)
-    _biases: dict[int, torch.Tensor] = field(default_factory=dict)
-    _decodes: dict[tuple[bool, ...], Decode] = field(default_factory=dict)
-    _block_index: torch.Tensor | None = None
+    _masks: dict[tuple[int | None, tuple[bool, ...]], torch.Tensor] = field(default_factory=dict, init=False)
+    _biases: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
+    _decodes: dict[tuple[bool, ...], Decode] = field(default_factory=dict, init=False)
+    _block_index: torch.Tensor | None = field(default=None, init=False)
 
     @property
     def is_decode(self) -> bool:

@@ -90,7 +90,7 @@ class Batch:
     encoder: Batch | None = None  # of the rows that start
     shared_keys: list[SharedKeys] = field(default_factory=list)
     make_whole_groups: Callable[[], list[AttentionGroup]] = list
-    _whole_groups: list[AttentionGroup] | None = None
+    _whole_groups: list[AttentionGroup] | None = field(default=None, init=False)
 
     @property
     def whole_groups(self) -> list[AttentionGroup]:

@@ -352,7 +352,7 @@ void scale_rows(char *x, const float *scales, const void *bias, long rows, long 
     }
 }
 
-/* The first index of each row's largest value; -1 where the row has a NaN or an infinity. */
+/* The first index of each row's largest value; -1 where the row has a NaN or +infinity, or nothing but -infinity. */
 INLINE long best_of(const void *row, long dim, int is_bf16) {
     float highest = -INFINITY;
     long finite = 1;

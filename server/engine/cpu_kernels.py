@@ -23,6 +23,7 @@ from server.engine.threads import load_openmp
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 COMPILE_S = 120.0
+DIGEST_BYTES = 32
 LANES, MAX_HEAD_DIM = 16, 256
 DTYPES = (torch.float32, torch.bfloat16)
 NO_WINDOW = 2**62
@@ -146,7 +147,8 @@ class CpuKernels:
         return x
 
     def argmax(self, logits: torch.Tensor) -> list[int]:
-        """The first best token of each row `[rows, vocab_size]`; -1 where a NaN or an infinity is among them."""
+        """The first best token of each row `[rows, vocab_size]`; -1 where a NaN or +infinity is among them, or
+        nothing else than -infinity."""
         logits = logits.contiguous()
         out = torch.empty(logits.shape[0], dtype=torch.long)
         self._argmax(logits.data_ptr(), out.data_ptr(), *logits.shape, _is_bf16(logits))
@@ -172,7 +174,7 @@ def load_kernels(folder: Path) -> CpuKernels | None:
     """Compile into `folder` unless it was, and load. None, with a warning, where that cannot be done."""
     try:
         path = folder / f"cpu-kernels-{_key()}.so"
-        if not path.exists():
+        if not _is_whole(path):
             _compile(path)
         load_openmp()  # the threads of torch's own products do the work
         return CpuKernels(ctypes.CDLL(str(path)))
@@ -191,6 +193,14 @@ def _key() -> str:
     return hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + processor.encode()).hexdigest()[:16]
 
 
+def _is_whole(path: Path) -> bool:
+    """A library ends with its digest: a loader that maps a cut one may kill the process."""
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    return content[-DIGEST_BYTES:] == hashlib.sha256(content[:-DIGEST_BYTES]).digest()
+
+
 def _compile(path: Path) -> None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -200,7 +210,9 @@ def _compile(path: Path) -> None:
         compiled, library = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         steps = ([*FLAGS, "-c", str(SOURCE), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(library)])
         for command in steps:
-            done = subprocess.run([compiler, *command], capture_output=True, text=True, timeout=COMPILE_S, check=False)
+            done = subprocess.run([compiler, *command], capture_output=True, timeout=COMPILE_S, check=False)
             if done.returncode:
-                raise OSError(f"{compiler} failed: {done.stderr.strip()[:500]}")
+                raise OSError(f"{compiler} failed: {done.stderr.decode(errors='replace').strip()[:500]}")
+        content = library.read_bytes()
+        library.write_bytes(content + hashlib.sha256(content).digest())
         library.replace(path)

@@ -38,7 +38,8 @@ class KVBlocks:
 
     def write(self, layer: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store `key` and `value`, each `[num_kv_heads, num_tokens, head_dim]`, at `slot_mapping` (from `slots`)."""
-        if self.kernels is not None and key.stride(-1) == value.stride(-1) == 1:
+        is_dense = key.stride(-1) == value.stride(-1) == 1
+        if self.kernels is not None and is_dense and key.dtype is value.dtype is self.dtype:
             self.kernels.write_kv(self.layers[layer], slot_mapping, key, value)
             return
         if self.kernels is not None:

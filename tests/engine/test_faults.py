@@ -1,4 +1,5 @@
-"""A fault that shows only at run time, here a prefix with a NaN in it, fails its own rows and no neighbour."""
+"""A fault that shows only at run time, here a prefix with a NaN in it, fails its own rows and no neighbour: with the
+model's own modules and with kernels, each row by itself and where rows share the prefix's attention."""
 
 from __future__ import annotations
 
@@ -9,15 +10,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prefix_store.prefix import ModelShape, Prefix
+from server.engine import batch
 from server.engine.attention import NAME
+from server.engine.cpu_kernels import CpuKernels
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, split_pool
 from server.engine.errors import GenerationError
+from server.engine.fused_modules import fuse_modules
 from server.engine.kv_blocks import KVBlocks
 from server.engine.model_families import prepare
 from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.reordered_weights import reorder_weights
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
+from tests.cases import WholeSteps
 from tests.tiny_models import FAMILIES, SEQ2SEQ_FAMILIES, letter_tokenizer, seq2seq_model
 
 GOOD, BAD = "good", "bad"
@@ -33,20 +39,33 @@ def make_prefix(shape: ModelShape, value: float) -> Prefix:
     return Prefix("kv", layers, encoder=layers, is_seq2seq=True)
 
 
-@pytest.fixture(params=["llama", "t5"])
-def engine(request: pytest.FixtureRequest) -> Engine:
+@pytest.fixture(params=["plain", "shared", "kernels", "kernels-shared"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    way: str = request.param
+    if "shared" in way:
+        monkeypatch.setattr(batch, "MIN_SHARED_TOKENS", 1)
+    return way
+
+
+@pytest.fixture(params=["llama", "t5", "bart"])
+def engine(request: pytest.FixtureRequest, way: str, kernels: CpuKernels) -> Engine:
     torch.manual_seed(0)
     if request.param == "llama":
         model: Any = AutoModelForCausalLM.from_config(FAMILIES["llama"](), attn_implementation=NAME)
     else:
-        model = seq2seq_model(SEQ2SEQ_FAMILIES["t5"]())
+        model = seq2seq_model(SEQ2SEQ_FAMILIES[request.param]())
         model.set_attn_implementation(NAME)
         prepare(model)
+    used = kernels if "kernels" in way else None
+    if used is not None:
+        model.eval().requires_grad_(False)
+        reorder_weights(model)
+        fuse_modules(model, used)
     shape = measure_shape(model, "tiny", "none")
     prefixes = {GOOD: make_prefix(shape, 1.0), BAD: make_prefix(shape, float("nan"))}
     num_blocks, num_prefix_blocks = split_pool(20 * 16, 8 * 16)
-    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu")))
-    return Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=8, max_step_tokens=40)
+    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu"), used))
+    return WholeSteps(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=8, max_step_tokens=40)
 
 
 def make_sequence(engine: Engine, request_id: str, num_tokens: int, *members: str) -> Sequence:
@@ -85,6 +104,15 @@ def test_rows_behind_a_bad_prefix_fail_and_their_neighbours_do_not(engine: Engin
         BAD: GenerationError,
         "ensemble": GenerationError,
     }
+
+
+def test_rows_that_share_a_bad_prefix_fail_and_those_that_share_a_good_one_do_not(engine: Engine) -> None:
+    """All start in one step, a text short enough for it."""
+    names = [BAD, GOOD, BAD, "bare", GOOD]
+    alone = [run(engine, make_sequence(engine, name, 7, name))[0][0] for name in (GOOD, "bare")]
+    answers, errors = run(engine, *(make_sequence(engine, f"{name} {i}", 7, name) for i, name in enumerate(names)))
+    assert answers == [[], alone[0], [], alone[1], alone[0]]
+    assert set(errors) == {f"{BAD} 0", f"{BAD} 2"}
 
 
 @pytest.mark.parametrize("ended", ["failed", "aborted"])

@@ -12,16 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefix_store.prefix import Layers, ModelShape, Prefix
+from server.engine import batch as batch_module
 from server.engine import engine as engine_module
 from server.engine.attention import NAME
 from server.engine.batch import AttentionGroup, Batch
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
+from server.engine.engine import split_pool
 from server.engine.kv_blocks import KVBlocks
 from server.engine.model_families import prepare
 from server.engine.model_runner import ModelRunner, measure_shape, model_class
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
+from tests.cases import WholeSteps
 from tests.tiny_models import FAMILIES, HIDDEN, SEQ2SEQ_FAMILIES, VOCAB, letter_tokenizer
 
 META = torch.device("meta")
@@ -92,7 +94,7 @@ def members_of(prefixes: dict[str, Prefix]) -> list[tuple[Composition, ...]]:
 
 
 def run_steps(family: str) -> int:
-    """A mixed batch from loads to last tokens; returns how many operations ran on the device."""
+    """A mixed batch from loads to last tokens, each kind twice; returns how many operations ran on the device."""
     config = (FAMILIES | SEQ2SEQ_FAMILIES)[family]()
     with torch.device(META):
         model = model_class(config).from_config(config, attn_implementation=NAME)
@@ -102,14 +104,16 @@ def run_steps(family: str) -> int:
     prefixes = make_prefixes(shape)
     num_blocks, num_prefix_blocks = split_pool(512, 256)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, META))
-    engine = Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=24)
+    engine = WholeSteps(
+        runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=24
+    )
     tokenizer = letter_tokenizer()
     params = [
         SamplingParams(max_new_tokens=4),
         SamplingParams(max_new_tokens=3, do_sample=True, top_k=5, top_p=0.9, seed=1, num_top_logprobs=2),
         SamplingParams(max_new_tokens=3, repetition_penalty=1.3),
     ]
-    requests = members_of(prefixes)
+    requests = [members for members in members_of(prefixes) for _ in range(2)]
     for i, members in enumerate(requests):
         prompt = [token % VOCAB for token in range(1, 8 + 9 * i % 40)]
         detokenizer = Detokenizer(tokenizer)
@@ -122,12 +126,15 @@ def run_steps(family: str) -> int:
                 assert output.token is not None
                 if output.token.finish_reason:
                     finished.append(output.sequence.request_id)
-    assert sorted(finished) == [f"r{i}" for i in range(len(requests))]
+    assert sorted(finished) == sorted(f"r{i}" for i in range(len(requests)))
     return mode.num_device_operations
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ_FAMILIES])
-def test_a_step_keeps_to_its_device(family: str) -> None:
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_step_keeps_to_its_device(family: str, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shares:
+        monkeypatch.setattr(batch_module, "MIN_SHARED_TOKENS", 1)
     assert run_steps(family) > 100
 
 
@@ -137,16 +144,23 @@ def on_cpu(tensor: torch.Tensor | None) -> torch.Tensor:
 
 
 OF_BATCH = ("input_ids", "position_ids", "slot_mapping", "logits_index")
-OF_GROUP = ("block_index", "query_index", "out_index", "key_positions")
+OF_ANY_GROUP = ("block_index", "query_index", "out_index", "key_positions")
+OF_GROUP = (*OF_ANY_GROUP, "query_positions")  # who is not causal asks for no query's position
+OF_SHARED_KEYS = ("token_index", "block_index")
 
 
-def planted_in_groups(groups: list[AttentionGroup], name: str) -> list[AttentionGroup]:
-    return [replace(group, **{name: on_cpu(getattr(group, name))}) for group in groups]
+def planted_in_groups(groups: list[AttentionGroup], name: str, kv_blocks: KVBlocks) -> list[AttentionGroup]:
+    if name != "block_index":
+        return [replace(group, **{name: on_cpu(getattr(group, name))}) for group in groups]
+    planted = [replace(group) for group in groups]
+    for group in planted:
+        group._block_index = on_cpu(group.block_index(kv_blocks))
+    return planted
 
 
 def plant(batch: Batch, name: str) -> Batch:
     if name in OF_GROUP:
-        return replace(batch, groups=planted_in_groups(batch.groups, name))
+        return replace(batch, groups=planted_in_groups(batch.groups, name, batch.kv_blocks))
     return replace(batch, **{name: on_cpu(getattr(batch, name))})
 
 
@@ -167,9 +181,40 @@ def test_planted_embeddings_on_the_cpu_are_caught(name: str, monkeypatch: pytest
     check_caught(lambda b: b if b.embeddings is None else plant(b, name), "llama", monkeypatch)
 
 
-@pytest.mark.parametrize("name", OF_GROUP)
+@pytest.mark.parametrize("name", OF_ANY_GROUP)
 def test_a_planted_cpu_tensor_in_cross_attention_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_caught(lambda b: replace(b, cross_groups=planted_in_groups(b.cross_groups, name)), "t5", monkeypatch)
+    def plant_in_cross(batch: Batch) -> Batch:
+        return replace(batch, cross_groups=planted_in_groups(batch.cross_groups, name, batch.kv_blocks))
+
+    check_caught(plant_in_cross, "t5", monkeypatch)
+
+
+@pytest.mark.parametrize("name", OF_SHARED_KEYS)
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_a_planted_cpu_tensor_in_shared_keys_is_caught(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plant_in_shared(batch: Batch) -> Batch:
+        shared = [replace(keys, **{name: on_cpu(getattr(keys, name))}) for keys in batch.shared_keys]
+        return replace(batch, shared_keys=shared)
+
+    monkeypatch.setattr(batch_module, "MIN_SHARED_TOKENS", 1)
+    check_caught(plant_in_shared, family, monkeypatch)
+
+
+@pytest.mark.parametrize("name", OF_GROUP)
+@pytest.mark.parametrize("family", ["gemma3", "t5"])
+def test_a_planted_cpu_tensor_in_groups_that_see_all_is_caught(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of layers that cannot share."""
+
+    def plant_in_whole(batch: Batch) -> Batch:
+        if not batch.shared_keys:
+            return batch
+        planted = planted_in_groups(batch.whole_groups, name, batch.kv_blocks)
+        return replace(batch, make_whole_groups=lambda: planted)
+
+    monkeypatch.setattr(batch_module, "MIN_SHARED_TOKENS", 1)
+    check_caught(plant_in_whole, family, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["input_ids", "slot_mapping", *OF_GROUP])
