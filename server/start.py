@@ -28,7 +28,7 @@ from server.engine.errors import ModelRefusedError
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes
 from server.engine.model_runner import ModelRunner, load_model, measure_shape, native_dtype
 from server.engine.self_check import self_check
-from server.engine.threads import workers
+from server.engine.threads import use_one_thread, workers
 from server.errors import StartError
 from server.metrics import Metrics
 from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint
@@ -48,8 +48,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StartError(f"device {settings.device!r} was asked for, this torch sees no CUDA device")
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # until the engine's thread starts, which takes the others
+    use_one_thread()
     model, shape, kernels = _checked_model(settings, files, device, kernels)
     num_blocks, num_prefix_blocks = _pool(settings, shape)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, device, kernels))
@@ -71,7 +70,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     metrics = Metrics()
     return AppState(
         settings=settings,
-        engine=AsyncEngine(engine, tokenizer, metrics, max_queued=settings.max_queued, num_threads=num_threads),
+        engine=AsyncEngine(engine, tokenizer, metrics, max_queued=settings.max_queued),
         store=store,
         metrics=metrics,
     )

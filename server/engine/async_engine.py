@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import structlog
-import torch
 
 from prefix_store.prefix import Layout, ModelShape, Prefix
 from server.engine.context_limits import check_context, max_new_tokens
@@ -35,8 +34,7 @@ log = structlog.get_logger()
 class AsyncEngine:
     """Owns the thread in which the engine lives. Every public coroutine may be called from the event loop only.
 
-    The steps' thread computes on `num_threads`. The bounds of the queue are checked before a prompt is tokenised, on an
-    estimate of its tokens from its bytes.
+    The bounds of the queue are checked before a prompt is tokenised, on an estimate of its tokens from its bytes.
     """
 
     def __init__(
@@ -47,14 +45,12 @@ class AsyncEngine:
         *,
         max_queued: int = 256,
         max_queued_tokens: int = 262_144,
-        num_threads: int = 1,
     ) -> None:
         self._engine = engine
         self.tokenizer = tokenizer
         self._metrics = metrics
         self._max_queued = max_queued
         self._max_queued_tokens = max_queued_tokens
-        self._num_threads = num_threads
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
         self._tokens_at_s: dict[str, float] = {}
@@ -249,7 +245,6 @@ class AsyncEngine:
     def _run(self) -> None:
         """The thread: take calls, step, hand the outputs over once a step."""
         assert self._loop is not None
-        torch.set_num_threads(self._num_threads)
         while True:
             self._beat_s = time.monotonic()
             try:
