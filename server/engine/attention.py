@@ -100,7 +100,7 @@ def _attend_with_lse(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[1, heads, queries, head_dim]` over keys that all see whole; the outputs and `[1, heads, queries]` in fp32."""
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and query.dtype is torch.float32:  # in bf16 it takes 1.6x the products' time
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
         return out, lse
     return _products_with_lse(query, key, value, scaling)
@@ -109,10 +109,10 @@ def _attend_with_lse(
 def _products_with_lse(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same where torch has no kernel for it."""
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    lse = scores.logsumexp(-1)
-    return torch.exp(scores - lse[..., None]).to(value.dtype) @ value, lse
+    """The same of batched products. The largest weight is e^(largest score - lse)."""
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    weights = torch.softmax(scores, -1)
+    return weights @ value, scores.amax(-1).float() - weights.amax(-1).float().log()
 
 
 def _attend(
