@@ -4,12 +4,12 @@ BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint clean compiler
 
-serve: $(VENV)/.serve-stamp
+serve: $(VENV)/.serve-stamp compiler
 	$(BIN)/prefixserve serve --host $(HOST) --port $(PORT) --publish-examples examples/prefixes
 
-test: $(VENV)/.test-stamp lint
+test: $(VENV)/.test-stamp compiler lint
 	$(BIN)/prefixserve model fetch
 	$(BIN)/python -m pytest
 
@@ -17,6 +17,11 @@ lint: $(VENV)/.test-stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# For the CPU kernels; the server does without, more slowly.
+compiler:
+	@command -v cc > /dev/null || { apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev; } \
+		|| echo 'No C compiler: install gcc and libc6-dev, or the server computes more slowly.'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
