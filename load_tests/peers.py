@@ -1,7 +1,7 @@
 """The same seeded workloads through us, over HTTP, and through every peer that is installed, in turn and warm.
 
     python load_tests/peers.py [--workloads zipf,single] [--rounds 7] [--quick]
-    python load_tests/peers.py --all [--quick]     # and limit.py, budgets.py, growth.py
+    python load_tests/peers.py --all [--quick]     # and limit.py, budgets.py, growth.py, quality.py
 
 Writes `docs/results/peers.json` and the page `docs/results.md`; what is not measured now stays as it was. A peer whose
 package is missing (`pip install -c constraints.txt '.[peers]'`) is named and left out.
@@ -29,13 +29,19 @@ from workloads import WORKLOADS, Measures, Workload, check_prompts, measures_of
 from server.engine.model_runner import native_dtype
 from server.model_files import cache_dir, find_model
 
+OURS_INT8 = f"{OURS} --quantize int8"
 ONE_BY_ONE, GROUPED = "PEFT", "PEFT by task"
 TRANSFORMERS, OPENVINO = "transformers", "OpenVINO GenAI"
 BOUNDS = {
     "zipf": (
         Bound("mixed tasks over HTTP against PEFT grouped by task", OURS, GROUPED, at_least=12),
-        Bound("mixed tasks over HTTP against OpenVINO GenAI without prefixes", OURS, OPENVINO, at_least=1),
-    )
+        Bound("mixed tasks over HTTP in bf16 against OpenVINO GenAI without prefixes", OURS, OPENVINO, at_least=1),
+        Bound("mixed tasks over HTTP in int8 against OpenVINO GenAI without prefixes", OURS_INT8, OPENVINO, at_least=1),
+    ),
+    "single": (
+        Bound("single stream in bf16 against OpenVINO GenAI's", OURS, OPENVINO, at_least=0.7),
+        Bound("single stream in int8 against OpenVINO GenAI's", OURS_INT8, OPENVINO, at_least=0.7),
+    ),
 }
 
 
@@ -107,7 +113,7 @@ def main() -> None:
     run_peers(Run.of("peers", arguments), names)
     if arguments.all:
         common = ["--results", str(arguments.results), *(["--quick"] if arguments.quick else [])]
-        for script in ("limit.py", "budgets.py", "growth.py"):
+        for script in ("limit.py", "budgets.py", "growth.py", "quality.py"):
             subprocess.run([sys.executable, str(Path(__file__).parent / script), *common], check=True)
 
 
@@ -127,8 +133,9 @@ def run_peers(run: Run, names: list[str]) -> None:
             stack.callback(child.close)
         for name in names:
             room = room_for(WORKLOADS[name](run.is_quick, 0), measures, dtype)
-            with served(*room) as server:
-                contenders = {OURS: Ours(server, measures), **children}
+            with served(*room) as server, served(*room, "--quantize", "int8") as in_8_bits:
+                ours = {OURS: Ours(server, measures), OURS_INT8: Ours(in_8_bits, measures)}
+                contenders = {**ours, **children}
                 workload, series = compete(name, contenders, run.rounds, run.is_quick)
             run.keep(name, workload.title, workload.unit, series, BOUNDS.get(name, ()))
     run.finish()

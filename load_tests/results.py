@@ -21,7 +21,7 @@ from machine import Taken, taken_now
 from rich.console import Console
 from rich.table import Table
 
-PEERS, LIMIT, BUDGETS, GROWTH = "peers", "limit", "budgets", "growth"
+PEERS, LIMIT, BUDGETS, GROWTH, QUALITY = "peers", "limit", "budgets", "growth", "quality"
 OURS, REORDERED = "prefixserve", "reordered"
 INTROS = {
     PEERS: (
@@ -38,6 +38,10 @@ INTROS = {
     ),
     BUDGETS: ("What the budgets are read from", "Each pair in turn, round by round; medians with the range."),
     GROWTH: ("Growth", "Tokens a second over HTTP, 32 in and 32 out; medians with the range."),
+    QUALITY: (
+        "Quality in 8 bits",
+        "The example prefixes over HTTP, their 200 held-back texts each: the share of good answers.",
+    ),
 }
 REFERENCES = {PEERS: OURS, LIMIT: REORDERED}
 SAMPLING = "sampling"  # beside the step, not a form of it

@@ -39,7 +39,7 @@ class Served:
     """`ready_s` is the time from its start to the first good answer of `/readyz`."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, ready_s: float) -> None:
-        self._process, self._port = process, port
+        self._process, self.port = process, port
         self._published: set[Task] = set()
         self.ready_s = ready_s
 
@@ -48,12 +48,12 @@ class Served:
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def get(self, path: str) -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self._port}{path}", timeout=60).raise_for_status().json()
+        found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=60).raise_for_status().json()
         return found
 
     def put(self, task: str, **body: Any) -> None:
         """A version of `task`: `content` a native file, or `json` an ensemble."""
-        httpx.put(f"http://127.0.0.1:{self._port}/v1/prefixes/{task}", timeout=300, **body).raise_for_status()
+        httpx.put(f"http://127.0.0.1:{self.port}/v1/prefixes/{task}", timeout=300, **body).raise_for_status()
 
     def publish(self, tasks: Iterable[Task], measures: Measures) -> None:
         """Those that are not there yet."""
@@ -68,7 +68,7 @@ class Served:
         asyncio.run(self.preload_all(tasks))
 
     async def preload_all(self, tasks: Iterable[str]) -> None:
-        connection = await Connection.open(self._port)
+        connection = await Connection.open(self.port)
         for task in tasks:
             await connection.request("POST", f"/v1/prefixes/{task}/preload")
         await connection.close()
@@ -77,7 +77,7 @@ class Served:
         """Seconds that describing a task takes, one after another."""
 
         async def ask() -> float:
-            connection = await Connection.open(self._port)
+            connection = await Connection.open(self.port)
             start_s = time.perf_counter()
             for task in tasks:
                 await connection.request("GET", f"/v1/prefixes/{task}")
@@ -96,7 +96,7 @@ class Served:
         return asyncio.run(self.stream_all(asks, num_out))
 
     async def stream_all(self, asks: Sequence[Ask], num_out: int) -> list[Answer]:
-        connections = await asyncio.gather(*(Connection.open(self._port) for _ in asks))
+        connections = await asyncio.gather(*(Connection.open(self.port) for _ in asks))
 
         async def listen(connection: Connection, ask: Ask) -> Answer:
             sent_s = time.perf_counter()
@@ -112,7 +112,7 @@ class Served:
 
     async def _seconds(self, asks: Sequence[Ask], num_out: int, num_at_once: int) -> float:
         waiting = iter(asks)
-        connections = await asyncio.gather(*(Connection.open(self._port) for _ in asks[:num_at_once]))
+        connections = await asyncio.gather(*(Connection.open(self.port) for _ in asks[:num_at_once]))
 
         async def work(connection: Connection) -> None:
             for ask in waiting:

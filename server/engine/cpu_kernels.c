@@ -352,6 +352,24 @@ void scale_rows(char *x, const float *scales, const void *bias, long rows, long 
     }
 }
 
+/* out [rows, outs] = (x - 128) weight^T * scales, for few rows: x [rows, dim] unsigned, weight [outs, dim] signed, 128 times
+   whose sums are `zeros`. As the product of many rows gives it, to the bit: sums are exact, and rounded at the same places. */
+INLINE int32_t dot(const uint8_t *x, const int8_t *weight, long dim) {
+    int32_t sum = 0;
+    for (long i = 0; i < dim; i++) sum += (int32_t)x[i] * (int32_t)weight[i];
+    return sum;
+}
+
+void few_rows(const uint8_t *x, const int8_t *weight, const int32_t *zeros, const float *scales, void *out, long rows,
+              long outs, long dim, int is_bf16) {
+#pragma omp parallel for schedule(static) if (outs * dim > 65536)
+    for (long o = 0; o < outs; o++)
+        for (long row = 0; row < rows; row++) {
+            float product = (float)(dot(x + row * dim, weight + o * dim, dim) - zeros[o]) * scales[o];
+            store(out, row * outs + o, product, is_bf16);
+        }
+}
+
 /* The first index of each row's largest value; -1 where the row has a NaN or +infinity, or nothing but -infinity. */
 INLINE long best_of(const void *row, long dim, int is_bf16) {
     float highest = -INFINITY;

@@ -68,6 +68,7 @@ class CpuKernels:
         self._attend_decode = _function(library.attend_decode, POINTER(Decode), c_int)
         self._quantize = _function(library.quantize, *[c_void_p] * 3, c_long, c_long, c_int)
         self._scale_rows = _function(library.scale_rows, *[c_void_p] * 3, c_long, c_long, c_int)
+        self._few_rows = _function(library.few_rows, *[c_void_p] * 5, c_long, c_long, c_long, c_int)
         self._argmax = _function(library.argmax, *[c_void_p] * 2, c_long, c_long, c_int)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, plus_one: bool) -> torch.Tensor:
@@ -145,6 +146,18 @@ class CpuKernels:
         at = None if bias is None else bias.data_ptr()
         self._scale_rows(x.data_ptr(), scales.data_ptr(), at, *x.shape, _is_bf16(x))
         return x
+
+    def few_rows(
+        self, x: torch.Tensor, weight: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Bytes around 128 `x` `[rows, in]` times signed bytes `weight` `[out, in]` times `scales` `[out]`; `zeros` are
+        128 times the weight's sums over its inputs."""
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=dtype)
+        self._few_rows(
+            *(x.data_ptr(), weight.data_ptr(), zeros.data_ptr(), scales.data_ptr(), out.data_ptr()),
+            *(x.shape[0], *weight.shape, dtype is torch.bfloat16),
+        )
+        return out
 
     def argmax(self, logits: torch.Tensor) -> list[int]:
         """The first best token of each row `[rows, vocab_size]`; -1 where a NaN or +infinity is among them, or
