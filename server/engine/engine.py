@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+import structlog
+
 from prefix_store.prefix import Prefix
 from server.engine.batch import batch_of
 from server.engine.cached_blocks import CachedBlocks
@@ -18,6 +20,9 @@ from server.engine.resident_prefixes import ResidentPrefix, ResidentPrefixes
 from server.engine.sampler import Sample, sample
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, TokenOutput
+
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ class Engine:
             if len(scheduled) == 1:
                 return [self._fail(scheduled[0], GenerationError(f"the step failed: {error}"))]
             # Whoever is at fault fails alone: each again by itself. K and V are written to the same slots.
+            log.warning("step_failed_rows_run_alone", num_sequences=len(scheduled), reason=str(error)[:300])
             return [output for sequence in scheduled for output in self._run([sequence])]
         for row in rows:
             row.num_computed_tokens += row.num_scheduled_tokens
