@@ -21,7 +21,6 @@ from server.engine.sampler import Sample, sample
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, TokenOutput
 
-
 log = structlog.get_logger()
 
 
