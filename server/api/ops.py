@@ -40,6 +40,7 @@ async def info(state: State) -> dict[str, Any]:
         "model_id": shape.model_name,
         "model_aliases": list(shape.model_aliases),
         "model_dtype": str(shape.dtype).removeprefix("torch."),
+        "quantize": settings.quantize,
         "model_device_type": settings.device.partition(":")[0],
         "fingerprint": shape.fingerprint,
         "num_layers": shape.num_layers,

@@ -70,6 +70,7 @@ def test_info_says_what_is_served(served: Served) -> None:
     assert info["model_id"] == NAME
     assert (info["max_total_tokens"], info["max_input_tokens"], info["max_virtual_tokens"]) == (256, 255, 64)
     assert (info["model_aliases"], info["model_dtype"], info["model_device_type"]) == (["mini"], "float32", "cpu")
+    assert info["quantize"] is None
     assert len(info["fingerprint"]) == 64
     assert info["version"]
 
