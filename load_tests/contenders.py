@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,9 +93,24 @@ class Peft:
         return kind(task_type="CAUSAL_LM", num_virtual_tokens=task.num_virtual_tokens)
 
 
-class TransformersBatching:
-    """The continuous batching of transformers, its manager kept running. It has no prefixes; it keeps text for
-    workloads that ask for the same one again."""
+class Batcher(ABC):
+    """Many requests at once, without prefixes; it keeps text for workloads that ask for the same one again."""
+
+    def run(self, workload: Workload) -> float:
+        if workload.lead is not None:
+            self.generate([workload.lead], workload.num_out)
+        asks = workload.asks[:MAX_BATCHED]
+        start_s = time.perf_counter()
+        self.generate(asks, workload.num_out)
+        return workload.figure(len(asks), time.perf_counter() - start_s)
+
+    @abstractmethod
+    def generate(self, asks: Sequence[Ask], num_out: int) -> None:
+        """`num_out` tokens for each, until the last has ended."""
+
+
+class TransformersBatching(Batcher):
+    """The continuous batching of transformers, its manager kept running."""
 
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,15 +138,7 @@ class TransformersBatching:
         self._manager.start()
         return ", ".join(filter(None, (WITHOUT_PREFIXES, _share(workload, MAX_BATCHED))))
 
-    def run(self, workload: Workload) -> float:
-        if workload.lead is not None:
-            self._generate([workload.lead], workload.num_out)
-        asks = workload.asks[:MAX_BATCHED]
-        start_s = time.perf_counter()
-        self._generate(asks, workload.num_out)
-        return workload.figure(len(asks), time.perf_counter() - start_s)
-
-    def _generate(self, asks: Sequence[Ask], num_out: int) -> None:
+    def generate(self, asks: Sequence[Ask], num_out: int) -> None:
         ids = [self._tokenizer(ask.text)["input_ids"] for ask in asks]
         self._manager.add_requests(inputs=ids, max_new_tokens=num_out)
         lengths = []
@@ -143,9 +151,8 @@ class TransformersBatching:
         assert set(lengths) == {num_out}, f"expected {num_out} tokens each, got {set(lengths)}"
 
 
-class OpenVino:
-    """OpenVINO GenAI's continuous batching, which reads the GGUF itself. It has no prefixes; it keeps text for
-    workloads that ask for the same one again."""
+class OpenVino(Batcher):
+    """OpenVINO GenAI's continuous batching, which reads the GGUF itself."""
 
     def __init__(self, folder: Path) -> None:
         import openvino_genai
@@ -170,15 +177,7 @@ class OpenVino:
             self._keeps_text = keeps_text
         return ", ".join(filter(None, ("4-bit weights", WITHOUT_PREFIXES, _share(workload, MAX_BATCHED))))
 
-    def run(self, workload: Workload) -> float:
-        if workload.lead is not None:
-            self._generate([workload.lead], workload.num_out)
-        asks = workload.asks[:MAX_BATCHED]
-        start_s = time.perf_counter()
-        self._generate(asks, workload.num_out)
-        return workload.figure(len(asks), time.perf_counter() - start_s)
-
-    def _generate(self, asks: Sequence[Ask], num_out: int) -> None:
+    def generate(self, asks: Sequence[Ask], num_out: int) -> None:
         config = self._genai.GenerationConfig()
         config.max_new_tokens = config.min_new_tokens = num_out
         config.ignore_eos = True

@@ -1,7 +1,7 @@
 """Attention over the packed stream, called by every layer of the model in place of its own.
 
 `softmax(Q [P_k; K]^T * scaling) [P_v; V]` (Li and Liang, 2021): the row's block table puts the prefix's blocks before
-its own, so both are one gather and one batched product.
+its own. A kernel reads them where they are for rows of one query; for others they are gathered into batched products.
 """
 
 from __future__ import annotations

@@ -58,9 +58,10 @@ class AttentionGroup:
 
     def decode(self, layer: int, sliding_window: int | None, scaling: float) -> Decode:
         """The group for the kernel; what depends on the layer's tensors is still missing."""
-        present, key_positions = self._key_positions(layer)
+        present = self._present(layer)
         found = self._decodes.get(present)
         if found is None:
+            key_positions = self._key_positions(present)
             positions = self.query_positions if self.is_causal else torch.full_like(self.query_positions, NEVER - 1)
             found = Decode(
                 query_index=self.query_index.data_ptr(),
@@ -77,23 +78,26 @@ class AttentionGroup:
         found.scaling = scaling
         return found
 
-    def _key_positions(self, layer: int) -> tuple[tuple[bool, ...], torch.Tensor]:
-        """Which of `hidden` this layer has, and the positions of all keys, NEVER for those of the others."""
-        present = tuple(layer in hidden.layers for _, hidden in self.hidden)
+    def _present(self, layer: int) -> tuple[bool, ...]:
+        """Which of `hidden` this layer has."""
+        return tuple(layer in hidden.layers for _, hidden in self.hidden)
+
+    def _key_positions(self, present: tuple[bool, ...]) -> torch.Tensor:
+        """The positions of all keys, NEVER for those of the `hidden` that are not there."""
         if all(present):
-            return present, self.key_positions
+            return self.key_positions
         key_positions = self.key_positions.clone()
         for (row, hidden), is_there in zip(self.hidden, present, strict=True):
             if not is_there:
                 key_positions[row, hidden.start : hidden.end] = NEVER
-        return present, key_positions
+        return key_positions
 
     def mask(self, layer: int, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """`[rows, 1, 1, max_queries, slots]`, 0 where the query sees the key and -inf elsewhere."""
-        present = tuple(layer in hidden.layers for _, hidden in self.hidden)
+        present = self._present(layer)
         found = self._masks.get((sliding_window, present))
         if found is None:
-            _, key_positions = self._key_positions(layer)
+            key_positions = self._key_positions(present)
             if self.is_causal:
                 distance = self.query_positions[:, :, None] - key_positions[:, None, :]
                 seen = distance >= 0

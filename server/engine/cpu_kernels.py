@@ -215,7 +215,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _compile(path: Path) -> None:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("no C compiler was found (Debian: apt-get install gcc libc6-dev)")
     path.parent.mkdir(parents=True, exist_ok=True)
