@@ -18,10 +18,12 @@ from in_process import CPU, InProcess
 from results import REORDERED, SAMPLING, Run, options
 from workloads import asks_of, measures_of
 
+from server.engine.cpu_kernels import load_kernels
 from server.engine.linear import FUSED
 from server.engine.model_runner import load_model, native_dtype
+from server.engine.quantized_weights import QuantizedWeight
 from server.engine.reordered_weights import ReorderedWeight
-from server.model_files import ModelFiles, find_model
+from server.model_files import ModelFiles, cache_dir, find_model
 
 ROW_COUNTS = (1, 8, 32, 64, 256)
 MAX_STEP_ROWS, CONTEXT = 64, 64
@@ -30,22 +32,6 @@ BOUND_ROWS = (32, 64)
 READ_BYTES = 5 * 2**28
 PLAIN, INT8, STEP = "plain products", "int8", "model step"
 Products = list[Callable[[torch.Tensor], object]]
-
-
-class Int8Product:
-    """A weight of one scale an output, with activations that are 8-bit already: the product alone."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._scales = weight.float().abs().amax(1) / 127
-        quantised = (weight.float() / self._scales[:, None]).round().to(torch.int8)
-        self._packed = torch.ops.onednn.qlinear_prepack(quantised, None)
-        self._zero_points = torch.zeros(len(weight), dtype=torch.int32)
-
-    def __call__(self, x: torch.Tensor) -> object:
-        """`x` is unsigned, its zero is 128: signed ones fall back to a reference."""
-        return torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, 128, self._packed, self._scales, self._zero_points, None, 1.0, 0, torch.bfloat16, "none", [], ""
-        )
 
 
 def fused_weights(model: torch.nn.Module) -> list[list[torch.Tensor]]:
@@ -91,8 +77,12 @@ def measure_products(run: Run, files: ModelFiles, dtype: torch.dtype) -> None:
             [weight.shape[1] for group in weights for weight in group],
         ),
         REORDERED: ([ReorderedWeight(weight, None) for weight in fused], [weight.shape[1] for weight in fused]),
-        INT8: ([Int8Product(weight) for weight in fused], [weight.shape[1] for weight in fused]),
     }
+    kernels = load_kernels(cache_dir() / "kernels")
+    if kernels is not None:
+        in_8_bits = [QuantizedWeight(weight, None, kernels) for weight in fused]
+        products = [partial(weight.product, dtype=dtype) for weight in in_8_bits]
+        forms[INT8] = products, [weight.shape[1] for weight in fused]
     num_bytes = sum(weight.numel() for weight in fused) * dtype.itemsize
     engine = InProcess(
         files, measures_of(files.path), dtype, max_rows=MAX_STEP_ROWS, max_step_tokens=MAX_STEP_ROWS * CONTEXT

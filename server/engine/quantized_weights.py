@@ -40,10 +40,11 @@ class QuantizedWeight:
         if len(rows) <= FEW_ROWS:
             product = self._kernels.few_rows(values, self._values, self._sums, self._scales, x.dtype)
         else:
-            product = self._product(values, x.dtype)
+            product = self.product(values, x.dtype)
         return self._kernels.scale_rows(product, scales, self._bias).view(*x.shape[:-1], -1)
 
-    def _product(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def product(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Of many rows that are 8-bit already `[rows, in]`, their scales not yet applied."""
         found: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
             *(values, 1.0, ZERO, self._packed, self._scales, self._zeros, None, 1.0, 0, dtype, "none", [], "")
         )

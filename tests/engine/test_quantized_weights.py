@@ -70,7 +70,7 @@ def test_what_cannot_be_quantised_is_refused_by_name(kernels: CpuKernels, monkey
         quantize_weights(tiny(torch.float32), None)
     with pytest.raises(ModelRefusedError, match="float16"):
         quantize_weights(tiny(torch.float16), kernels)
-    product = QuantizedWeight._product
-    monkeypatch.setattr(QuantizedWeight, "_product", lambda self, values, dtype: product(self, values, dtype) * 1.05)
+    product = QuantizedWeight.product
+    monkeypatch.setattr(QuantizedWeight, "product", lambda self, values, dtype: product(self, values, dtype) * 1.05)
     with pytest.raises(ModelRefusedError, match="not right on this processor"):
         quantize_weights(tiny(torch.float32), kernels)
