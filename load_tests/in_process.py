@@ -106,7 +106,9 @@ class InProcess:
         every = [sequence for sequences in made.values() for sequence in sequences]
         refs = [ref for sequence in every for row in sequence.rows for ref in row.prefixes]
         assert self._engine.residents.preload(refs), "the prefixes must fit"
-        self._step()  # takes the loads, so that all start together
+        self._step()
+        while self._engine.is_computing:  # the loads, so that all start together
+            self._step()
         for sequence in every:
             self._engine.add(sequence)
         while not all(sequence.num_generated_tokens for sequence in every):

@@ -18,6 +18,7 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput, split_pool
 from server.engine.kv_blocks import KVBlocks
 from server.engine.model_runner import ModelRunner, load_model, measure_shape
+from server.engine.resident_prefixes import ResidentPrefix
 from server.engine.sampling_params import SamplingParams
 from server.engine.self_check import self_check
 from server.engine.sequence import PrefixRef, Sequence
@@ -127,15 +128,10 @@ def share_every_prefix(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 class WholeSteps(Engine):
     """Where a step fails the engine runs each of its sequences alone: right answers, but no batch. Here it may not."""
 
-    is_running = False
-
-    def _run(self, scheduled: list[Sequence]) -> list[StepOutput]:
-        assert not self.is_running, "a whole step failed"
-        self.is_running = True
-        try:
-            return super()._run(scheduled)
-        finally:
-            self.is_running = False
+    def _run_alone(
+        self, sequences: list[Sequence], prefixes: list[ResidentPrefix], error: Exception
+    ) -> list[StepOutput]:
+        raise AssertionError("a whole step failed") from error
 
 
 def run_ours(

@@ -155,19 +155,21 @@ def test_first_step_logits_equal_peft(world: World) -> None:
     prefixes, cases = world.prefixes, world.cases
     runner = ModelRunner(world.model, world.shape, kv_blocks)
     free = iter(range(1, 64))
-    rows = []
+    rows, computed = [], []
     for case in cases:
         row = Row((), case.prompt, (), 1)
         if case.name in prefixes:
             ref = PrefixRef(case.name, prefixes[case.name].layout)
             resident = ResidentPrefix(ref, [next(free)])
             runner.load(prefixes[case.name], resident)
+            resident.num_scheduled_tokens = resident.num_uncomputed_tokens
+            computed += [resident] if resident.num_scheduled_tokens else []
             row = Row((ref,), case.prompt, (), 1)
             row.residents = [resident]
         row.block_table = [next(free), next(free)]
         row.num_scheduled_tokens = len(case.prompt)
         rows.append(row)
-    logits = runner.run(batch.batch_of(rows, set(rows), kv_blocks))
+    logits = runner.run(batch.batch_of(rows, set(rows), kv_blocks, computed))
     for case, found in zip(cases, logits, strict=True):
         assert float((found - case.logits[0]).abs().max()) < 1e-4 * max(1.0, float(case.logits[0].abs().max())), (
             case.name

@@ -30,7 +30,7 @@ def lines(folder: Path) -> list[str]:
     from figures import read_part
     from results import page
 
-    return list(page([read_part("peers", folder), read_part("limit", folder)], {}))
+    return list(page([read_part("peers", folder), read_part("limit", folder)], {}, folder.name))
 
 
 def test_verdicts_follow_the_figures(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ class AsyncEngine:
             self._beat_s = time.monotonic()
             try:
                 # A waiting row may wait for a load: then the loop goes round at a gentle pace.
-                if not self._engine.scheduler.running:
+                if not self._engine.is_computing:
                     timeout_s = 0.002 if self._engine.has_work else 0.5
                     call = self._calls.get(timeout=timeout_s)
                 else:

@@ -1,7 +1,7 @@
 """Attention over the packed stream, called by every layer of the model in place of its own.
 
 `softmax(Q [P_k; K]^T * scaling) [P_v; V]` (Li and Liang, 2021): the row's block table puts the prefix's blocks before
-its own. A kernel reads them where they are for rows of one query; for others they are gathered into batched products.
+its own. A kernel reads them where they are for rows of few queries; for others they are gathered into batched products.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def packed_attention(
     kernels = batch.kv_blocks.kernels
     fits = kernels is not None and query.stride(-1) == 1 and query.dtype is batch.kv_blocks.dtype
     for group in groups:
-        if kernels is not None and fits and group.is_decode and (is_plain or is_cross):
+        if kernels is not None and fits and group.has_few_queries and (is_plain or is_cross):
             decode = group.decode(layer, sliding_window, scaling)
             kernels.attend_decode(decode, query, out, batch.kv_blocks.layers[layer], seen)
             continue

@@ -10,6 +10,8 @@ from server.engine.cpu_kernels import NO_WINDOW, Decode
 from server.engine.kv_blocks import KVBlocks
 from server.engine.sequence import NEVER
 
+KERNEL_QUERIES = 16  # of a row, up to which the kernel that takes them one by one is faster than products
+
 
 @dataclass(frozen=True)
 class Hidden:
@@ -46,9 +48,8 @@ class AttentionGroup:
     _block_index: torch.Tensor | None = field(default=None, init=False)
 
     @property
-    def is_decode(self) -> bool:
-        """Every row has one query."""
-        return len(self.query_index) == self.num_rows
+    def has_few_queries(self) -> bool:
+        return len(self.query_index) <= self.num_rows * KERNEL_QUERIES
 
     def block_index(self, kv_blocks: KVBlocks) -> torch.Tensor:
         """What gathers the rows' blocks."""
@@ -57,22 +58,28 @@ class AttentionGroup:
         return self._block_index
 
     def decode(self, layer: int, sliding_window: int | None, scaling: float) -> Decode:
-        """The group for the kernel; what depends on the layer's tensors is still missing."""
+        """The group for the kernel, a row for each query; what depends on the layer's tensors is still missing."""
         present = self._present(layer)
         found = self._decodes.get(present)
         if found is None:
             key_positions = self._key_positions(present)
             positions = self.query_positions if self.is_causal else torch.full_like(self.query_positions, NEVER - 1)
+            tables, row_blocks = self.block_tables, self.row_blocks
+            if len(self.query_index) > self.num_rows:
+                rows = torch.arange(self.num_rows)[:, None].expand_as(positions).reshape(-1)
+                rows = rows if self.kept is None else rows[self.kept]
+                positions = positions.view(-1) if self.kept is None else positions.view(-1)[self.kept]
+                key_positions, tables, row_blocks = key_positions[rows], tables[rows], row_blocks[rows]
             found = Decode(
-                query_index=self.query_index.data_ptr(),
-                block_tables=self.block_tables.data_ptr(),
-                row_blocks=self.row_blocks.data_ptr(),
+                query_index=self.out_index.data_ptr(),
+                block_tables=tables.data_ptr(),
+                row_blocks=row_blocks.data_ptr(),
                 key_positions=key_positions.data_ptr(),
                 positions=positions.data_ptr(),
-                rows=self.num_rows,
-                max_blocks=self.block_tables.shape[1],
+                rows=len(self.out_index),
+                max_blocks=tables.shape[1],
             )
-            found.tensors = (key_positions, positions)  # the structure itself keeps nothing alive
+            found.tensors = (key_positions, positions, tables, row_blocks)  # the structure itself keeps nothing alive
             self._decodes[present] = found
         found.window = NO_WINDOW if sliding_window is None else sliding_window
         found.scaling = scaling

@@ -13,6 +13,7 @@ import torch
 
 from server.engine.attention_group import AttentionGroup, Hidden, SharedKeys
 from server.engine.kv_blocks import BLOCK_SIZE, NULL_BLOCK, KVBlocks, num_blocks_for
+from server.engine.resident_prefixes import ResidentPrefix
 from server.engine.sequence import NEVER, Context, Positions, Row
 
 SHORT_BLOCKS = 8  # rows up to this many blocks share a group, whatever their length
@@ -117,13 +118,16 @@ def attending(batch: Batch) -> Iterator[None]:
         current_batch.reset(token)
 
 
-def batch_of(rows: list[Row], sampled: set[Row], kv_blocks: KVBlocks) -> Batch:
-    """The step of rows with scheduled tokens; those of `sampled` want the logits of their last one."""
+def batch_of(rows: list[Row], sampled: set[Row], kv_blocks: KVBlocks, prefixes: Iterable[ResidentPrefix] = ()) -> Batch:
+    """The step of rows and of soft prompts with scheduled tokens; rows of `sampled` want the logits of their last one.
+    A row may stand behind a prefix whose last tokens are computed in the same step."""
     encoder = None
     starting = [row for row in rows if row.num_unencoded_tokens]
     if starting:
         encoder = make_batch([_encoder_row(row) for row in starting], kv_blocks, is_causal=False)
-    return make_batch([_decoder_row(row, wants_logits=row in sampled) for row in rows], kv_blocks, encoder=encoder)
+    packed = [_decoder_row(row, wants_logits=row in sampled) for row in rows]
+    packed += [_prefix_row(resident) for resident in prefixes]
+    return make_batch(packed, kv_blocks, encoder=encoder)
 
 
 def _decoder_row(row: Row, *, wants_logits: bool) -> PackedRow:
@@ -138,6 +142,17 @@ def _decoder_row(row: Row, *, wants_logits: bool) -> PackedRow:
         embeddings=row.embeddings,
         wants_logits=wants_logits,
     )
+
+
+def _prefix_row(resident: ResidentPrefix) -> PackedRow:
+    """A soft prompt's next tokens: its K and V are the prefix."""
+    start, end = resident.num_computed_tokens, resident.num_computed_tokens + resident.num_scheduled_tokens
+    positions = np.arange(start, end)
+    blocks = resident.block_table[: num_blocks_for(end)]
+    slot_positions = Context([], np.arange(end)).slot_positions
+    ids = [-1 - i for i in range(start, end)]
+    keys = Keys(blocks, slot_positions)
+    return PackedRow(ids, positions, start, blocks, keys, embeddings=resident.embeddings)
 
 
 def _encoder_row(row: Row) -> PackedRow:

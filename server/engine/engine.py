@@ -40,8 +40,8 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model.
 
-    `load_prefix` gives a digest's source form; with an `executor` it runs there, beside the steps, and the prefix
-    joins at the next step, without one it runs inside the step. The pool is split once: `num_prefix_blocks` for
+    `load_prefix` gives a digest's source form; with an `executor` it runs there, beside the steps, without one inside
+    the step. What the model must make of it the next steps compute. The pool is split once: `num_prefix_blocks` for
     resident prefixes, the rest for the rows' own text.
     """
 
@@ -84,6 +84,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def is_computing(self) -> bool:
+        """A step would not wait for anything."""
+        return bool(self.scheduler.running or self.residents.computing)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises as `check_room`."""
         self.check_room(sequence)
@@ -120,14 +125,16 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Schedule, run, postprocess."""
         self._take_loads()
-        scheduled, failed = self.scheduler.schedule()
+        sequences, prefixes, failed = self.scheduler.schedule()
         outputs = [self._fail(sequence, error) for sequence, error in failed]
-        if scheduled:
-            outputs += self._run(scheduled)
+        if sequences or prefixes:
+            outputs += self._run(sequences, prefixes)
         return outputs
 
     def fail_all(self, error: EngineError) -> list[StepOutput]:
-        """End every row with `error`."""
+        """End every row and every load with `error`."""
+        for resident in tuple(self.residents.computing):
+            self._finish_load(resident, error)
         return [self._fail(sequence, error) for sequence in tuple(self._sequences.values())]
 
     def check_integrity(self) -> None:
@@ -140,23 +147,41 @@ class Engine:
         held = sum(len(row.residents) for row in rows)
         assert held == self.residents.num_references, "a prefix is held by a row that is gone"
 
-    def _run(self, scheduled: list[Sequence]) -> list[StepOutput]:
-        rows = [row for sequence in scheduled for row in sequence.rows if row.num_scheduled_tokens]
-        sampled = [sequence for sequence in scheduled if sequence.is_sampled]
+    def _run(self, sequences: list[Sequence], prefixes: list[ResidentPrefix]) -> list[StepOutput]:
+        rows = [row for sequence in sequences for row in sequence.rows if row.num_scheduled_tokens]
+        sampled = [sequence for sequence in sequences if sequence.is_sampled]
+        kv_blocks = self.runner.kv_blocks
         try:
-            batch = batch_of(rows, {row for sequence in sampled for row in sequence.rows}, self.runner.kv_blocks)
-            samples = sample(self.runner.run(batch), sampled, self.runner.kv_blocks.kernels)
+            batch = batch_of(rows, {row for sequence in sampled for row in sequence.rows}, kv_blocks, prefixes)
+            samples = sample(self.runner.run(batch), sampled, kv_blocks.kernels)
         except (RuntimeError, IndexError, ValueError) as error:
-            if len(scheduled) == 1:
-                return [self._fail(scheduled[0], GenerationError(f"the step failed: {error}"))]
-            # Whoever is at fault fails alone: each again by itself. K and V are written to the same slots.
-            log.warning("step_failed_rows_run_alone", num_sequences=len(scheduled), reason=str(error)[:300])
-            return [output for sequence in scheduled for output in self._run([sequence])]
+            return self._run_alone(sequences, prefixes, error)
         for row in rows:
             row.num_computed_tokens += row.num_scheduled_tokens
             row.num_scheduled_tokens = 0
             row.is_encoded = True
+        for resident in prefixes:
+            self.residents.advance(resident)
         return [self._append(sequence, chosen) for sequence, chosen in zip(sampled, samples, strict=True)]
+
+    def _run_alone(
+        self, sequences: list[Sequence], prefixes: list[ResidentPrefix], error: Exception
+    ) -> list[StepOutput]:
+        """Whoever is at fault for a step's `error` fails alone: each again by itself. K and V are written to the same
+        slots."""
+        if len(sequences) + len(prefixes) > 1:
+            log.warning(
+                "step_failed_rows_run_alone",
+                num_sequences=len(sequences),
+                num_prefixes=len(prefixes),
+                reason=str(error)[:300],
+            )
+            alone = [self._run([], [resident]) for resident in prefixes]
+            alone += [self._run([sequence], []) for sequence in sequences]
+            return [output for outputs in alone for output in outputs]
+        for resident in prefixes:
+            self._finished_loads.put((resident, error))  # the next step tells those who wait
+        return [self._fail(sequence, GenerationError(f"the step failed: {error}")) for sequence in sequences]
 
     def _append(self, sequence: Sequence, chosen: Sample) -> StepOutput:
         if chosen.token_id is None:
@@ -217,10 +242,12 @@ class Engine:
 
     def _take_loads(self) -> None:
         while not self._finished_loads.empty():
-            resident, error = self._finished_loads.get()
-            if error is not None:
-                self.runner.kv_blocks.clear(resident.block_table)
-            self.residents.finish_load(resident, error)
+            self._finish_load(*self._finished_loads.get())
+
+    def _finish_load(self, resident: ResidentPrefix, error: Exception | None) -> None:
+        if error is not None:
+            self.runner.kv_blocks.clear(resident.block_table)
+        self.residents.finish_load(resident, error)
 
 
 def split_pool(kv_tokens: int, prefix_tokens: int) -> tuple[int, int]:

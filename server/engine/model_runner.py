@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from prefix_store.prefix import ModelShape, Prefix
 from server.engine.attention import NAME
-from server.engine.batch import Batch, Keys, PackedRow, attending, batch_of, make_batch
+from server.engine.batch import Batch, attending, batch_of
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError, PrefixFaultError
 from server.engine.fused_modules import fuse_modules
@@ -20,7 +19,7 @@ from server.engine.model_families import prepare
 from server.engine.quantized_weights import quantize_weights
 from server.engine.reordered_weights import reorder_weights
 from server.engine.resident_prefixes import ResidentPrefix
-from server.engine.sequence import Context, PrefixRef, Row
+from server.engine.sequence import PrefixRef, Row
 
 MAX_RELATIVE_POSITIONS = 4096  # of a model whose positions have no end of their own
 
@@ -77,21 +76,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def load(self, prefix: Prefix, resident: ResidentPrefix, kv_blocks: KVBlocks | None = None) -> None:
-        """Make a prefix resident in the blocks that `resident` has. KV is written part by part, a soft prompt runs
-        through the model once: its KV is the prefix. One that depends on the text stays embeddings."""
+        """Write a prefix's KV part by part into the blocks that `resident` has. A soft prompt's embeddings are put on
+        the device: steps compute their K and V, where those do not depend on the text."""
         kv_blocks = kv_blocks or self.kv_blocks
         device, dtype = kv_blocks.device, self.shape.dtype
         assert len(resident.block_table) == prefix_blocks(prefix.layout, self.shape)
         if prefix.embeddings is not None:
-            embeddings = prefix.embeddings.to(device, dtype)
-            if prefix.layout.stays_embeddings:
-                resident.embeddings = embeddings
-                return
-            positions = np.arange(len(embeddings))
-            keys = Keys(resident.block_table, Context([], positions).slot_positions)
-            ids = [-1 - i for i in range(len(embeddings))]
-            row = PackedRow(ids, positions, 0, resident.block_table, keys, embeddings=embeddings)
-            self.run(make_batch([row], kv_blocks))
+            resident.embeddings = prefix.embeddings.to(device, dtype)
             return
         for part, layers in prefix.parts():
             table = torch.tensor(resident.part_tables[part])
@@ -118,7 +109,9 @@ class ModelRunner:
         row.block_table = [next(free) for _ in range(num_blocks_for(len(row.token_ids)))]
         row.cross_table = list(free)
         row.num_scheduled_tokens = len(row.token_ids)
-        logits = self.run(batch_of([row], {row}, trial))
+        resident.num_scheduled_tokens = resident.num_uncomputed_tokens
+        computed = [resident] if resident.num_scheduled_tokens else []
+        logits = self.run(batch_of([row], {row}, trial, computed))
         if not (bool(torch.isfinite(logits).all()) and bool(torch.isfinite(trial.kv).all())):
             raise PrefixFaultError("the model's logits behind this prefix must be finite, got NaN or infinity")
 

@@ -22,8 +22,8 @@ FAILED_LOAD_REMEMBERED_S = 10.0
 class ResidentPrefix:
     """A prefix's place in the pool. `ref_count` counts rows, running or waiting, that hold it.
 
-    `partial_layers` names, of KV parts that are for some layers only, those layers; `embeddings` is what stays
-    embeddings, on the device.
+    `partial_layers` names, of KV parts that are for some layers only, those layers. `embeddings` are a soft prompt's,
+    on the device: for good where they stay embeddings, else until the model has computed their K and V.
     """
 
     ref: PrefixRef
@@ -32,6 +32,8 @@ class ResidentPrefix:
     ref_count: int = 0
     partial_layers: dict[str, frozenset[int]] = field(default_factory=dict)
     embeddings: torch.Tensor | None = None
+    num_computed_tokens: int = 0  # of a soft prompt, whose K and V are in the pool
+    num_scheduled_tokens: int = 0  # of them, how many this step computes
     started_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -41,6 +43,13 @@ class ResidentPrefix:
             end = start + num_blocks_for(getattr(self.ref.layout, f"num_{part}_tokens"))
             self.part_tables[part] = self.block_table[start:end]
             start = end
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        layout = self.ref.layout
+        if layout.kind == "kv" or layout.stays_embeddings:
+            return 0
+        return layout.num_decoder_tokens - self.num_computed_tokens
 
 
 @dataclass
@@ -57,7 +66,8 @@ class ResidentPrefixes:
     """LRU over prefixes that nobody holds. Used from the step's thread only.
 
     `start_load` is called once for every prefix that has to be loaded, with its blocks already allocated; whoever
-    loads it calls `finish_load` from the step's thread. A load is shared by all who ask meanwhile.
+    loads it calls `finish_load` from the step's thread. A load is shared by all who ask meanwhile. Soft prompts whose K
+    and V are still to be computed stand in `computing`; steps compute them and call `advance`.
     """
 
     def __init__(
@@ -72,6 +82,7 @@ class ResidentPrefixes:
         self._residents: OrderedDict[str, ResidentPrefix] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
         self._failures: dict[str, tuple[float, str]] = {}  # digest -> (when, why)
+        self.computing: list[ResidentPrefix] = []
         self.counts = ResidencyCounts()
 
     def acquire(self, refs: Collection[PrefixRef], *, may_load: bool = True) -> list[ResidentPrefix] | None:
@@ -126,6 +137,11 @@ class ResidentPrefixes:
         self._pinned.discard(digest)
 
     def finish_load(self, resident: ResidentPrefix, error: Exception | None) -> None:
+        if error is None and resident.num_uncomputed_tokens:
+            self.computing.append(resident)
+            return
+        if resident in self.computing:
+            self.computing.remove(resident)
         if error is None:
             resident.state = "ready"
             self.counts.num_loads += 1
@@ -135,6 +151,14 @@ class ResidentPrefixes:
         self._failures[resident.ref.digest] = (time.monotonic(), str(error))
         del self._residents[resident.ref.digest]
         self._allocator.release(resident.block_table)
+
+    def advance(self, resident: ResidentPrefix) -> None:
+        """A step has computed its scheduled tokens."""
+        resident.num_computed_tokens += resident.num_scheduled_tokens
+        resident.num_scheduled_tokens = 0
+        if not resident.num_uncomputed_tokens:
+            resident.embeddings = None
+            self.finish_load(resident, None)
 
     def evict(self, digest: str) -> bool:
         """Drop a prefix that nobody holds. False: it is held, loading or not resident."""

@@ -1,4 +1,5 @@
-"""Who runs in this step: decode rows first, then prefill chunks, then sequences that can be admitted."""
+"""Who runs in this step: decode rows first, then prefill chunks, then sequences that can be admitted; beside them some
+tokens of the soft prompts that load."""
 
 from __future__ import annotations
 
@@ -6,12 +7,24 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import chain, islice
+from typing import NamedTuple
 
 from server.engine.cached_blocks import CachedBlocks
 from server.engine.errors import EngineError, QueueTimeoutError
 from server.engine.kv_blocks import BLOCK_SIZE, num_blocks_for
-from server.engine.resident_prefixes import ResidentPrefixes
+from server.engine.resident_prefixes import ResidentPrefix, ResidentPrefixes
 from server.engine.sequence import Row, Sequence
+
+MIN_PREFIX_TOKENS = 8  # of soft prompts that load, a step
+
+
+class Schedule(NamedTuple):
+    """A step: its sequences and soft prompts, their `num_scheduled_tokens` set and blocks allocated, and the sequences
+    that failed waiting."""
+
+    sequences: list[Sequence]
+    prefixes: list[ResidentPrefix]
+    failed: list[tuple[Sequence, EngineError]]
 
 
 class Scheduler:
@@ -47,9 +60,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self) -> tuple[list[Sequence], list[tuple[Sequence, EngineError]]]:
-        """The sequences of this step, their rows' `num_scheduled_tokens` set and blocks allocated, and those that
-        failed waiting."""
+    def schedule(self) -> Schedule:
         scheduled: list[Sequence] = []
         budget = self.max_step_tokens
         for sequence in sorted(self.running, key=_is_prefilling):  # decode rows first
@@ -61,7 +72,8 @@ class Scheduler:
             scheduled.append(sequence)
             budget -= sum(wanted)
         failed = self._admit(scheduled, budget)
-        return scheduled, failed
+        num_tokens = sum(row.num_scheduled_tokens for sequence in scheduled for row in sequence.rows)
+        return Schedule(scheduled, self._schedule_prefixes(num_tokens), failed)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free all it holds."""
@@ -75,6 +87,20 @@ class Scheduler:
     @property
     def num_running_rows(self) -> int:
         return sum(len(sequence.rows) for sequence in self.running)
+
+    def _schedule_prefixes(self, num_tokens: int) -> list[ResidentPrefix]:
+        """Soft prompts that load, those first that a sequence waits for. Beside rows that compute `num_tokens` they get
+        half as many, so that rows go on at their pace."""
+        budget = self.max_step_tokens - num_tokens
+        if num_tokens:
+            budget = max(MIN_PREFIX_TOKENS, min(budget, num_tokens // 2))
+        scheduled = []
+        for resident in sorted(self._residents.computing, key=lambda resident: resident.ref_count == 0):
+            resident.num_scheduled_tokens = min(resident.num_uncomputed_tokens, budget)
+            budget -= resident.num_scheduled_tokens
+            if resident.num_scheduled_tokens:
+                scheduled.append(resident)
+        return scheduled
 
     def _grow(self, sequence: Sequence, wanted: list[int], scheduled: list[Sequence]) -> bool:
         """Allocate blocks for the rows' next tokens, preempting the youngest. False: it was preempted itself."""
