@@ -35,11 +35,11 @@ TRANSFORMERS, OPENVINO = "transformers", "OpenVINO GenAI"
 BOUNDS = {
     "zipf": (
         Bound("mixed tasks over HTTP against PEFT grouped by task", OURS, GROUPED, at_least=12),
-        Bound("mixed tasks over HTTP in bf16 against OpenVINO GenAI without prefixes", OURS, OPENVINO, at_least=1),
+        Bound("mixed tasks over HTTP against OpenVINO GenAI without prefixes", OURS, OPENVINO, at_least=1),
         Bound("mixed tasks over HTTP in int8 against OpenVINO GenAI without prefixes", OURS_INT8, OPENVINO, at_least=1),
     ),
     "single": (
-        Bound("single stream in bf16 against OpenVINO GenAI's", OURS, OPENVINO, at_least=0.7),
+        Bound("single stream against OpenVINO GenAI's", OURS, OPENVINO, at_least=0.7),
         Bound("single stream in int8 against OpenVINO GenAI's", OURS_INT8, OPENVINO, at_least=0.7),
     ),
 }

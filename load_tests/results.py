@@ -2,7 +2,8 @@
 
     python load_tests/results.py        # again, from what is there
 
-Every figure and every verdict on `docs/results.md` is computed from `docs/results/*.json`.
+Every figure and every verdict on `docs/results.md` is computed from `docs/results/*.json`; a machine of another kind
+has a folder of its own (`--results docs/results-avx2`).
 """
 
 from __future__ import annotations
@@ -87,18 +88,21 @@ def write_page(folder: Path) -> None:
     """`folder.md` beside the folder, and the plots in it."""
     parts = [read_part(name, folder) for name in INTROS]
     plots = _draw(parts, folder) if find_spec("matplotlib") else {}
-    folder.with_suffix(".md").write_text("\n".join(page(parts, plots)) + "\n")
+    folder.with_suffix(".md").write_text("\n".join(page(parts, plots, folder.name)) + "\n")
 
 
-def page(parts: Iterable[Part], plots: Mapping[str, str]) -> Lines:
-    """The lines of the page. `plots` are paths of images by part."""
+def page(parts: Iterable[Part], plots: Mapping[str, str], folder: str) -> Lines:
+    """The lines of the page. `plots` are paths of images by part, `folder` the name of the one that the JSON is in."""
     parts = [part for part in parts if part.experiments]
     experiments = [experiment for part in parts for experiment in part.experiments.values()]
     yield "# Results"
     yield ""
+    processors = {_hardware(experiment.taken)[:2] for experiment in experiments}
+    yield "; ".join(f"{processor}, native: {native}" for processor, native in sorted(processors)) + "."
+    yield ""
     yield (
-        "Made by `load_tests/results.py` from `docs/results/*.json`; `python load_tests/peers.py --all` measures all "
-        "of it again."
+        f"Made by `load_tests/results.py` from `docs/{folder}/*.json`; `python load_tests/peers.py --all` measures all "
+        "of it again. `prefixserve` without options computes in bf16 where that is native, else in fp32."
     )
     if any(experiment.taken.is_quick for experiment in experiments):
         yield ""
