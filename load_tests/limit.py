@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from figures import Bound, in_ms, in_turn
@@ -21,8 +22,8 @@ from workloads import asks_of, measures_of
 from server.engine.cpu_kernels import load_kernels
 from server.engine.linear import FUSED
 from server.engine.model_runner import load_model, native_dtype
-from server.engine.quantized_weights import QuantizedWeight
-from server.engine.reordered_weights import ReorderedWeight
+from server.engine.quantized_weights import QuantizedWeight, fastest_kind
+from server.engine.reordered_weights import ReorderedWeight, can_reorder
 from server.model_files import ModelFiles, cache_dir, find_model
 
 ROW_COUNTS = (1, 8, 32, 64, 256)
@@ -31,7 +32,7 @@ AT_LEAST = {torch.bfloat16: 0.60, torch.float32: 0.70}
 BOUND_ROWS = (32, 64)
 READ_BYTES = 5 * 2**28
 PLAIN, INT8, STEP = "plain products", "int8", "model step"
-Products = list[Callable[[torch.Tensor], object]]
+Products = list[Callable[[Any], object]]  # of the rows, or of what they are in 8 bits
 
 
 def fused_weights(model: torch.nn.Module) -> list[list[torch.Tensor]]:
@@ -46,7 +47,11 @@ def fused_weights(model: torch.nn.Module) -> list[list[torch.Tensor]]:
     return found
 
 
-def all_of(products: Products, inputs: list[torch.Tensor]) -> float:
+def _multiply(weight: QuantizedWeight, dtype: torch.dtype, rounded: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return weight.product(*rounded, dtype)
+
+
+def all_of(products: Products, inputs: list[Any]) -> float:
     """Seconds for a step's products, one after another."""
     start_s = time.perf_counter()
     for product, x in zip(products, inputs, strict=True):
@@ -76,12 +81,15 @@ def measure_products(run: Run, files: ModelFiles, dtype: torch.dtype) -> None:
             [partial(torch.nn.functional.linear, weight=weight) for group in weights for weight in group],
             [weight.shape[1] for group in weights for weight in group],
         ),
-        REORDERED: ([ReorderedWeight(weight, None) for weight in fused], [weight.shape[1] for weight in fused]),
     }
+    if can_reorder(dtype):
+        forms[REORDERED] = [ReorderedWeight(weight, None) for weight in fused], [weight.shape[1] for weight in fused]
     kernels = load_kernels(cache_dir() / "kernels")
     if kernels is not None:
-        in_8_bits = [QuantizedWeight(weight, None, kernels) for weight in fused]
-        products = [partial(weight.product, dtype=dtype) for weight in in_8_bits]
+        kind = fastest_kind(kernels)
+        in_8_bits = [kind(weight, None, kernels) for weight in fused]
+        rounders = {weight.in_features: weight.quantized for weight in in_8_bits}
+        products = [partial(_multiply, weight, dtype) for weight in in_8_bits]
         forms[INT8] = products, [weight.shape[1] for weight in fused]
     num_bytes = sum(weight.numel() for weight in fused) * dtype.itemsize
     engine = InProcess(
@@ -91,9 +99,9 @@ def measure_products(run: Run, files: ModelFiles, dtype: torch.dtype) -> None:
     for num_rows in (1, 8) if run.is_quick else ROW_COUNTS:
         measures: dict[str, Callable[[], float]] = {}
         for form, (products, widths) in forms.items():
-            by_width = {width: torch.randn(num_rows, width).to(dtype) for width in set(widths)}
+            by_width: dict[int, Any] = {width: torch.randn(num_rows, width).to(dtype) for width in set(widths)}
             if form == INT8:
-                by_width = {width: (x * 32 + 128).clamp(0, 255).to(torch.uint8) for width, x in by_width.items()}
+                by_width = {width: rounders[width](x) for width, x in by_width.items()}
             measures[form] = partial(all_of, products, [by_width[width] for width in widths])
         rows = {}
         if num_rows <= MAX_STEP_ROWS:
@@ -103,7 +111,7 @@ def measure_products(run: Run, files: ModelFiles, dtype: torch.dtype) -> None:
         series = in_turn(timed, run.rounds, num_warm=2)
         engine.drop(rows)
         bounds = ()
-        if num_rows in BOUND_ROWS and dtype in AT_LEAST:
+        if num_rows in BOUND_ROWS and dtype in AT_LEAST and can_reorder(dtype):
             text = f"reordered products alone against the model's step, {num_rows} rows, {name}"
             bounds = (Bound(text, REORDERED, STEP, at_least=AT_LEAST[dtype]),)
         title = f"{num_rows} row{'s' * (num_rows > 1)}, {name}, weights of {num_bytes / 1e6:.0f} MB, context {CONTEXT}"

@@ -6,6 +6,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 enum { BLOCK_SIZE = 16, LANES = 16, CHUNK = 128, MAX_GROUP = 8, MAX_HEAD_DIM = 256 };
 typedef float Vector __attribute__((vector_size(64)));
@@ -305,9 +308,9 @@ void attend_decode(const Decode *d, int is_bf16) {
         }
 }
 
-/* out [rows, dim] = round(x * 127 / max|x|) + 128 and that row's scale max|x| / 127, which a NaN or an infinity makes
-   NaN. */
-INLINE float quantized_row(const void *x, uint8_t *out, long dim, int is_bf16) {
+/* out [rows, dim] = round(x * 127 / max|x|) + 128 in bytes, or around 0 in 16 bits (`is_wide`), and that row's scale
+   max|x| / 127, which a NaN or an infinity makes NaN. */
+INLINE float quantized_row(const void *x, void *out, long dim, int is_bf16, int is_wide) {
     float highest = 0, poison = 0;
 #pragma omp simd reduction(max : highest) reduction(+ : poison)
     for (long i = 0; i < dim; i++) {
@@ -319,7 +322,9 @@ INLINE float quantized_row(const void *x, uint8_t *out, long dim, int is_bf16) {
 #pragma omp simd
     for (long i = 0; i < dim; i++) {
         float v = poison == 0 ? load(x, i, is_bf16) : 0.0f;
-        out[i] = (uint8_t)(int32_t)(v * inverse + 128.5f);
+        int32_t byte = (int32_t)(v * inverse + 128.5f);
+        if (is_wide) ((int16_t *)out)[i] = (int16_t)(byte - 128);
+        else ((uint8_t *)out)[i] = (uint8_t)byte;
     }
     return highest / 127.0f + poison;
 }
@@ -328,8 +333,19 @@ void quantize(const char *x, uint8_t *out, float *scales, long rows, long dim, i
     long bytes = dim * (is_bf16 ? 2 : 4);
 #pragma omp parallel for if (rows * dim > 16384)
     for (long row = 0; row < rows; row++)
-        scales[row] = is_bf16 ? quantized_row(x + row * bytes, out + row * dim, dim, 1)
-                              : quantized_row(x + row * bytes, out + row * dim, dim, 0);
+        scales[row] = is_bf16 ? quantized_row(x + row * bytes, out + row * dim, dim, 1, 0)
+                              : quantized_row(x + row * bytes, out + row * dim, dim, 0, 0);
+}
+
+/* out [rows, dim rounded up to even], behind an odd dim a 0. */
+void quantize_wide(const char *x, int16_t *out, float *scales, long rows, long dim, int is_bf16) {
+    long bytes = dim * (is_bf16 ? 2 : 4), width = dim + dim % 2;
+#pragma omp parallel for if (rows * dim > 16384)
+    for (long row = 0; row < rows; row++) {
+        int16_t *to = out + row * width;
+        to[width - 1] = 0;
+        scales[row] = is_bf16 ? quantized_row(x + row * bytes, to, dim, 1, 1) : quantized_row(x + row * bytes, to, dim, 0, 1);
+    }
 }
 
 /* x [rows, dim] = x * scales[row] + bias, in place; bias may be null. */
@@ -368,6 +384,103 @@ void few_rows(const uint8_t *x, const int8_t *weight, const int32_t *zeros, cons
             float product = (float)(dot(x + row * dim, weight + o * dim, dim) - zeros[o]) * scales[o];
             store(out, row * outs + o, product, is_bf16);
         }
+}
+
+enum { PANEL = 16, MAX_ROWS = 6 }; /* MAX_ROWS rows of a panel are what 16 registers hold */
+typedef int32_t Sums __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(32)));
+
+#ifdef __AVX2__
+INLINE Sums widened(const int8_t *from) { return (Sums)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)from)); }
+INLINE Sums dot_pairs(Sums a, Sums b) { return (Sums)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#else
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(32)));
+
+INLINE Sums widened(const int8_t *from) {
+    Bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return (Sums)__builtin_convertvector(bytes, Shorts);
+}
+
+INLINE Sums dot_pairs(Sums a, Sums b) { return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
+#endif
+
+INLINE Floats load_floats(const float *from) {
+    Floats found;
+    memcpy(&found, from, sizeof found);
+    return found;
+}
+
+/* out [rows, outs] = x weight^T * scales * row_scales + bias. Pairs of products are summed in 32 bits: nothing saturates
+   as it does in 16 on processors without VNNI, and no sum is rounded. */
+typedef struct {
+    const int16_t *x;        /* [rows, pairs, 2] */
+    const int8_t *weight;    /* [panels, pairs, PANEL, 2] */
+    const float *scales;     /* [panels * PANEL] */
+    const float *row_scales; /* [rows] */
+    const float *bias;       /* [panels * PANEL] */
+    char *out;               /* [rows, outs] */
+    long rows, outs, pairs;
+} Product;
+
+INLINE void multiply(const Product *p, long first, long rows, long out, int is_bf16) {
+    const int16_t *x = p->x + first * 2 * p->pairs;
+    const int8_t *weight = p->weight + out * 2 * p->pairs;
+    Sums sum[MAX_ROWS][2];
+#pragma GCC unroll 6
+    for (long row = 0; row < rows; row++) sum[row][0] = sum[row][1] = (Sums){0};
+    for (long k = 0; k < p->pairs; k++) {
+        Sums low = widened(weight + k * 2 * PANEL), high = widened(weight + k * 2 * PANEL + PANEL);
+#pragma GCC unroll 6
+        for (long row = 0; row < rows; row++) {
+            int32_t pair;
+            memcpy(&pair, x + (row * p->pairs + k) * 2, sizeof pair);
+            Sums both = pair - (Sums){0};
+            sum[row][0] += dot_pairs(both, low);
+            sum[row][1] += dot_pairs(both, high);
+        }
+    }
+    long count = p->outs - out < PANEL ? p->outs - out : PANEL;
+#pragma GCC unroll 6
+    for (long row = 0; row < rows; row++) {
+        float found[PANEL];
+#pragma GCC unroll 2
+        for (long half = 0; half < 2; half++) {
+            long o = out + half * PANEL / 2;
+            Floats product = __builtin_convertvector(sum[row][half], Floats) * load_floats(p->scales + o);
+            product = product * p->row_scales[first + row] + load_floats(p->bias + o);
+            memcpy(found + half * PANEL / 2, &product, sizeof product);
+        }
+        char *to = p->out + ((first + row) * p->outs + out) * (is_bf16 ? 2 : 4);
+        if (count == PANEL)
+            for (long i = 0; i < PANEL; i++) store(to, i, found[i], is_bf16);
+        else
+            for (long i = 0; i < count; i++) store(to, i, found[i], is_bf16);
+    }
+}
+
+INLINE void multiply_panel(const Product *p, long out, int is_bf16) {
+    for (long first = 0, rows; first < p->rows; first += rows) {
+        long left = p->rows - first, blocks = (left + MAX_ROWS - 1) / MAX_ROWS;
+        rows = (left + blocks - 1) / blocks;
+        if (rows == 6) multiply(p, first, 6, out, is_bf16);
+        else if (rows == 5) multiply(p, first, 5, out, is_bf16);
+        else if (rows == 4) multiply(p, first, 4, out, is_bf16);
+        else if (rows == 3) multiply(p, first, 3, out, is_bf16);
+        else if (rows == 2) multiply(p, first, 2, out, is_bf16);
+        else multiply(p, first, 1, out, is_bf16);
+    }
+}
+
+void multiply_int8(const int16_t *x, const int8_t *weight, const float *scales, const float *row_scales, const float *bias,
+                   char *out, long rows, long outs, long pairs, int is_bf16) {
+    Product product = {x, weight, scales, row_scales, bias, out, rows, outs, pairs};
+#pragma omp parallel for schedule(static) if (rows * outs * pairs > 32768)
+    for (long panel = 0; panel < outs; panel += PANEL) {
+        if (is_bf16) multiply_panel(&product, panel, 1);
+        else multiply_panel(&product, panel, 0);
+    }
 }
 
 /* The first index of each row's largest value; -1 where the row has a NaN or +infinity, or nothing but -infinity. */

@@ -25,6 +25,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 COMPILE_S = 120.0
 DIGEST_BYTES = 32
 LANES, MAX_HEAD_DIM = 16, 256
+PANEL = 16  # outputs whose weights lie together for `multiply_int8`
 DTYPES = (torch.float32, torch.bfloat16)
 NO_WINDOW = 2**62
 log = structlog.get_logger()
@@ -69,6 +70,8 @@ class CpuKernels:
         self._quantize = _function(library.quantize, *[c_void_p] * 3, c_long, c_long, c_int)
         self._scale_rows = _function(library.scale_rows, *[c_void_p] * 3, c_long, c_long, c_int)
         self._few_rows = _function(library.few_rows, *[c_void_p] * 5, c_long, c_long, c_long, c_int)
+        self._quantize_wide = _function(library.quantize_wide, *[c_void_p] * 3, c_long, c_long, c_int)
+        self._multiply_int8 = _function(library.multiply_int8, *[c_void_p] * 6, *[c_long] * 3, c_int)
         self._argmax = _function(library.argmax, *[c_void_p] * 2, c_long, c_long, c_int)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, plus_one: bool) -> torch.Tensor:
@@ -141,6 +144,14 @@ class CpuKernels:
         self._quantize(x.data_ptr(), out.data_ptr(), scales.data_ptr(), *x.shape, _is_bf16(x))
         return out, scales
 
+    def quantize_wide(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `quantize`, but around 0 in 16 bits, `[rows, dim]` with a column of 0 behind an odd dim."""
+        num_rows, dim = x.shape
+        out = torch.empty((num_rows, dim + dim % 2), dtype=torch.int16)
+        scales = torch.empty(num_rows, dtype=torch.float32)
+        self._quantize_wide(x.data_ptr(), out.data_ptr(), scales.data_ptr(), num_rows, dim, _is_bf16(x))
+        return out, scales
+
     def scale_rows(self, x: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x` `[rows, dim]` times a scale a row `[rows]`, plus `bias` `[dim]`, in place."""
         at = None if bias is None else bias.data_ptr()
@@ -159,6 +170,25 @@ class CpuKernels:
         )
         return out
 
+    def multiply_int8(
+        self,
+        x: torch.Tensor,
+        row_scales: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor,
+        out_features: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """`[rows, out_features]`: what `quantize_wide` gives times `in_panels` of a weight, times `scales`, plus `bias`
+        (both fp32, of the padded outputs)."""
+        out = torch.empty((x.shape[0], out_features), dtype=dtype)
+        self._multiply_int8(
+            *(x.data_ptr(), weight.data_ptr(), scales.data_ptr(), row_scales.data_ptr(), bias.data_ptr()),
+            *(out.data_ptr(), x.shape[0], out_features, x.shape[1] // 2, dtype is torch.bfloat16),
+        )
+        return out
+
     def argmax(self, logits: torch.Tensor) -> list[int]:
         """The first best token of each row `[rows, vocab_size]`; -1 where a NaN or +infinity is among them, or
         nothing else than -infinity."""
@@ -167,6 +197,13 @@ class CpuKernels:
         self._argmax(logits.data_ptr(), out.data_ptr(), *logits.shape, _is_bf16(logits))
         found: list[int] = out.tolist()
         return found
+
+
+def in_panels(weight: torch.Tensor) -> torch.Tensor:
+    """Signed bytes `[out, in]` as `multiply_int8` reads them: `[panels, pairs of inputs, PANEL, 2]`, zeros behind."""
+    num_out, num_in = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, num_in % 2, 0, -num_out % PANEL))
+    return padded.view(-1, PANEL, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
 def fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

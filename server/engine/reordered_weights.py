@@ -48,11 +48,20 @@ class ReorderedWeight:
         return all(torch.equal(self(x[:n]), every[:n]) for n in PROBED_ROWS)
 
 
+def can_reorder(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies it on this processor: 16-bit floats need AVX512 or their own instructions."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype is torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype in TOLERANCE
+
+
 def reorder_weights(model: Any) -> int:
     """Reorder the weights of the model's linear modules where that is possible and right; how many."""
-    if model.device.type != "cpu" or model.dtype not in TOLERANCE:
-        return 0
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if model.device.type != "cpu" or not can_reorder(model.dtype):
         return 0
     pads_single_rows: dict[tuple[Any, ...], bool | None] = {}  # of each shape, asked once; None: not right
 

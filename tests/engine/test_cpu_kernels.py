@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from prefix_store.prefix import ModelShape
 from server.engine import cpu_kernels
 from server.engine.attention_group import AttentionGroup, Hidden
-from server.engine.cpu_kernels import CpuKernels, load_kernels
+from server.engine.cpu_kernels import PANEL, CpuKernels, in_panels, load_kernels
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for
 from server.engine.sequence import Context
 
@@ -57,6 +57,7 @@ ROWWISE: dict[str, Callable[[CpuKernels, torch.Tensor], torch.Tensor]] = {
     "silu_mul": lambda kernels, x: kernels.silu_mul(x[:, : x.shape[-1] // 2 * 2].contiguous()),
     "rotate": lambda kernels, x: rotated(kernels, x),
     "quantize": lambda kernels, x: unquantized(*kernels.quantize(x)),
+    "quantize_wide": lambda kernels, x: kernels.quantize_wide(x)[0] * kernels.quantize_wide(x)[1][:, None],
     "scale_rows": lambda kernels, x: kernels.scale_rows(
         x.clone(), x[:, 0].float().contiguous(), randn(x.shape[-1], dtype=x.dtype)
     ),
@@ -169,6 +170,42 @@ def test_quantised_rows_are_within_half_a_step(kernels: CpuKernels, scale: float
     if scale > 1e-30:
         assert ((unquantized(values, scales).double() - x.double()).abs() <= 0.5001 * steps).all()
         assert (values.amax(-1) == 255).logical_or(values.amin(-1) == 1)[[0, 1, 2, 3, 5, 6, 7, 8]].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 16, 31, 577])
+def test_wide_rows_are_the_same_numbers_in_16_bits(kernels: CpuKernels, dim: int, dtype: torch.dtype) -> None:
+    x = randn(9, dim, dtype=dtype)
+    x[4] = NAN
+    (values, scales), (wide, wide_scales) = kernels.quantize(x), kernels.quantize_wide(x)
+    assert torch.equal(wide[:, :dim], values.short() - 128)
+    assert (wide[:, dim:] == 0).all()
+    assert wide.shape[1] == dim + dim % 2
+    assert same_bits(wide_scales, scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_in", "num_out"), [(1, 1), (2, 16), (41, 70), (576, 48), (1536, 17)])
+def test_products_of_bytes_are_exact(
+    kernels: CpuKernels, num_in: int, num_out: int, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (num_out, num_in), generator=generator, dtype=torch.int8)
+    weight[0] = 127  # the largest sums
+    x = torch.randint(-127, 128, (20, num_in), generator=generator, dtype=torch.int16)
+    x[:2] = torch.tensor([[127], [-127]])
+    row_scales, scales, bias = randn(20), randn(num_out, seed=1), randn(num_out, seed=2)
+    padding = (0, -num_out % PANEL)
+    of_weight = in_panels(weight), *(torch.nn.functional.pad(each, padding) for each in (scales, bias))
+    padded = torch.nn.functional.pad(x, (0, num_in % 2))
+    every = kernels.multiply_int8(padded, row_scales, *of_weight, num_out, dtype)
+    products = x.double() @ weight.double().T * scales.double() * row_scales.double()[:, None]
+    check_near(every, products + bias.double())
+    for num_threads in (1, 2, 3):
+        threads(num_threads)
+        for count in range(1, 21):
+            found = kernels.multiply_int8(padded[:count], row_scales[:count], *of_weight, num_out, dtype)
+            assert same_bits(found, every[:count])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

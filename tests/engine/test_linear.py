@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from server.engine.linear import FastLinear, FusedLinear
-from server.engine.reordered_weights import TOLERANCE, ReorderedWeight, reorder_weights
+from server.engine.reordered_weights import TOLERANCE, ReorderedWeight, can_reorder, reorder_weights
 from tests.tiny_models import FAMILIES
 
 SHAPES = [(576, 960), (1536, 576), (576, 192), (32, 96), (576, 4000)]
@@ -20,6 +20,8 @@ SHAPES = [(576, 960), (1536, 576), (576, 192), (32, 96), (576, 4000)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
 def test_rows_are_bitwise_the_same_beside_any_others(num_in: int, num_out: int, dtype: torch.dtype) -> None:
+    if not can_reorder(dtype):
+        pytest.skip(f"this processor reorders no {dtype}")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(num_out, num_in, generator=generator).to(dtype)
     bias = torch.randn(num_out, generator=generator).to(dtype)
@@ -40,9 +42,9 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def tiny(family: str) -> Any:
+def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().requires_grad_(False)
+    return AutoModelForCausalLM.from_config(FAMILIES[family]()).to(dtype).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -52,6 +54,26 @@ def test_a_model_answers_as_before(family: str) -> None:
     assert reorder_weights(model) > 0
     assert not [m for m in model.modules() if type(m) in (torch.nn.Linear, Conv1D)]
     assert float((logits(model) - before).abs().max()) < 1e-4 * float(before.abs().max())
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_model_keeps_its_modules_where_the_processor_reorders_no_such_weights(dtype: torch.dtype) -> None:
+    model = tiny("llama", dtype)
+    before = logits(model)
+    assert (reorder_weights(model) > 0) == can_reorder(dtype)
+    if not can_reorder(dtype):
+        assert not [m for m in model.modules() if isinstance(m, FastLinear | FusedLinear)]
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_processor_without_16_bit_products_is_not_asked_for_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
+    assert not can_reorder(dtype)
+    assert reorder_weights(tiny("llama", dtype)) == 0
 
 
 def test_products_of_one_input_are_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
