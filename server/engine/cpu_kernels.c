@@ -10,11 +10,19 @@
 #include <immintrin.h>
 #endif
 
-enum { BLOCK_SIZE = 16, LANES = 16, CHUNK = 128, MAX_GROUP = 8, MAX_HEAD_DIM = 256 };
-typedef float Vector __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+/* Wider vectors than the processor's gcc takes apart into single numbers where it compares and shuffles them. */
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { BLOCK_SIZE = 16, CHUNK = 128, MAX_GROUP = 8, MAX_HEAD_DIM = 256 };
+typedef float Vector __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Eights __attribute__((vector_size(32)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -178,7 +186,8 @@ INLINE Vector exponentials(Vector x) {
     return (Vector)((Words)(p * (Vector)power) & ~(Words)(x < -87.0f));
 }
 
-/* The sums of 16 vectors, a lane each. */
+/* The sums of LANES vectors, a lane each. */
+#ifdef __AVX512F__
 INLINE Vector sums(Vector *x) {
 #define ADD(to, a, b, ...) to = __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
     for (int i = 0; i < 8; i++) {
@@ -205,6 +214,19 @@ INLINE Vector sums(Vector *x) {
     return low + high;
 #undef ADD
 }
+#else
+INLINE Vector sums_of_two(Vector a, Vector b) {
+    return __builtin_shuffle(a, b, (Ints){0, 2, 8, 10, 4, 6, 12, 14}) +
+           __builtin_shuffle(a, b, (Ints){1, 3, 9, 11, 5, 7, 13, 15});
+}
+
+INLINE Vector sums(Vector *x) {
+    Vector first = sums_of_two(sums_of_two(x[0], x[1]), sums_of_two(x[2], x[3]));
+    Vector last = sums_of_two(sums_of_two(x[4], x[5]), sums_of_two(x[6], x[7]));
+    return __builtin_shuffle(first, last, (Ints){0, 1, 2, 3, 8, 9, 10, 11}) +
+           __builtin_shuffle(first, last, (Ints){4, 5, 6, 7, 12, 13, 14, 15});
+}
+#endif
 
 INLINE void attend(const Decode *d, long row, long kv_head, long first, long group, long dim, int is_bf16) {
     Vector q[MAX_GROUP][MAX_HEAD_DIM / LANES], acc[MAX_GROUP][MAX_HEAD_DIM / LANES];
@@ -247,10 +269,11 @@ INLINE void attend(const Decode *d, long row, long kv_head, long first, long gro
                     products[g][k] = product;
                 }
             }
-            for (long g = 0; g < group; g++) {
-                Vector found = sums(products[g]);
-                memcpy(scores[g] + t, &found, sizeof found);
-            }
+            for (long g = 0; g < group; g++)
+                for (long k = 0; k < BLOCK_SIZE; k += LANES) {
+                    Vector found = sums(products[g] + k);
+                    memcpy(scores[g] + t + k, &found, sizeof found);
+                }
         }
         for (long g = 0; g < group; g++) {
             float highest = best[g];
@@ -387,23 +410,21 @@ void few_rows(const uint8_t *x, const int8_t *weight, const int32_t *zeros, cons
 }
 
 enum { PANEL = 16, MAX_ROWS = 6 }; /* MAX_ROWS rows of a panel are what 16 registers hold */
-typedef int32_t Sums __attribute__((vector_size(32)));
-typedef float Floats __attribute__((vector_size(32)));
 
 #ifdef __AVX2__
-INLINE Sums widened(const int8_t *from) { return (Sums)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)from)); }
-INLINE Sums dot_pairs(Sums a, Sums b) { return (Sums)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+INLINE Eights widened(const int8_t *from) { return (Eights)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)from)); }
+INLINE Eights dot_pairs(Eights a, Eights b) { return (Eights)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #else
 typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef int16_t Shorts __attribute__((vector_size(32)));
 
-INLINE Sums widened(const int8_t *from) {
+INLINE Eights widened(const int8_t *from) {
     Bytes bytes;
     memcpy(&bytes, from, sizeof bytes);
-    return (Sums)__builtin_convertvector(bytes, Shorts);
+    return (Eights)__builtin_convertvector(bytes, Shorts);
 }
 
-INLINE Sums dot_pairs(Sums a, Sums b) { return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
+INLINE Eights dot_pairs(Eights a, Eights b) { return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
 #endif
 
 INLINE Floats load_floats(const float *from) {
@@ -427,16 +448,16 @@ typedef struct {
 INLINE void multiply(const Product *p, long first, long rows, long out, int is_bf16) {
     const int16_t *x = p->x + first * 2 * p->pairs;
     const int8_t *weight = p->weight + out * 2 * p->pairs;
-    Sums sum[MAX_ROWS][2];
+    Eights sum[MAX_ROWS][2];
 #pragma GCC unroll 6
-    for (long row = 0; row < rows; row++) sum[row][0] = sum[row][1] = (Sums){0};
+    for (long row = 0; row < rows; row++) sum[row][0] = sum[row][1] = (Eights){0};
     for (long k = 0; k < p->pairs; k++) {
-        Sums low = widened(weight + k * 2 * PANEL), high = widened(weight + k * 2 * PANEL + PANEL);
+        Eights low = widened(weight + k * 2 * PANEL), high = widened(weight + k * 2 * PANEL + PANEL);
 #pragma GCC unroll 6
         for (long row = 0; row < rows; row++) {
             int32_t pair;
             memcpy(&pair, x + (row * p->pairs + k) * 2, sizeof pair);
-            Sums both = pair - (Sums){0};
+            Eights both = pair - (Eights){0};
             sum[row][0] += dot_pairs(both, low);
             sum[row][1] += dot_pairs(both, high);
         }

@@ -21,7 +21,7 @@ import torch
 from server.engine.threads import load_openmp
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-fPIC")
 COMPILE_S = 120.0
 DIGEST_BYTES = 32
 LANES, MAX_HEAD_DIM = 16, 256
