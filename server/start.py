@@ -94,7 +94,7 @@ def _checked_model(
             settings.max_virtual_tokens,
         )
         try:
-            self_check(model, shape, kernels)
+            self_check(model, shape, kernels, is_quantized=quantizes)
         except ModelRefusedError as error:
             if quantizes or not is_fast:
                 raise

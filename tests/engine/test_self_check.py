@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,9 @@ from transformers import (
     UMT5Config,
 )
 
+from server.engine import self_check as module
 from server.engine.attention import NAME
+from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError
 from server.engine.model_runner import load_model, measure_shape, model_class
 from server.engine.self_check import self_check
@@ -141,6 +144,21 @@ def check(config: PretrainedConfig, folder: Path) -> None:
     model_class(config).from_config(config).save_pretrained(folder)
     model = load_model(folder, torch.float32, torch.device("cpu"))
     self_check(model, measure_shape(model, "tiny", "none"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_8_bits_passes_and_one_that_answers_another_text_does_not(
+    kernels: CpuKernels, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model_class(FAMILIES["llama"]()).from_config(FAMILIES["llama"]()).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype, torch.device("cpu"), kernels=kernels, quantizes=True)
+    shape = measure_shape(model, "tiny", "none")
+    self_check(model, shape, kernels, is_quantized=True)
+    own_logits = module._own_logits
+    monkeypatch.setattr(module, "_own_logits", lambda m, text: own_logits(m, replace(text, text=text.text[::-1])))
+    with pytest.raises(ModelRefusedError, match="llama"):
+        self_check(model, shape, kernels, is_quantized=True)
 
 
 @pytest.mark.parametrize("family", list(RIGHT))
