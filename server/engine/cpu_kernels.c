@@ -1,4 +1,5 @@
-/* What a step does between two matrix products, on a CPU: one pass over memory each, every row by itself.
+/* What a step does between two matrix products, on a CPU: one pass over memory each, every row by itself. And products of
+   8 bits.
 
    Floats are computed in fp32 and stored as the model's type (bf16 rounded to nearest even). Every function gives the same
    bits for a row whatever runs beside it, on as many threads as the calling one may use. */

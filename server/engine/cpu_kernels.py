@@ -1,4 +1,5 @@
-"""What a step does between two matrix products on a CPU: `cpu_kernels.c`, compiled once by the machine's C compiler.
+"""What a step does between two matrix products on a CPU, and products of 8 bits: `cpu_kernels.c`, compiled once by the
+machine's C compiler.
 
 Without a compiler, on another device or in another dtype than bf16 and fp32 the same is done by torch's operators.
 """
