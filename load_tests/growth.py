@@ -23,6 +23,7 @@ from server.model_files import ModelFiles, find_model
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 REGISTERED = (1, 10, 100, 1_000, 10_000)
 VIRTUAL = (20, 64, 256, 1024, 2048, 4096)
+KV_BYTES = 2**29  # of a server where several stand side by side
 
 
 def rate(server: Served, tasks: list[Task], turn: int) -> float:
@@ -53,7 +54,8 @@ def registered_tasks(run: Run, files: ModelFiles, measures: Measures) -> None:
         for count in counts:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             register(files, tasks[:count], measures, folder)
-            points[f"{count:,}"] = partial(point, stack.enter_context(served(data_dir=folder)), count)
+            server = stack.enter_context(served("--kv-bytes", str(KV_BYTES), data_dir=folder))
+            points[f"{count:,}"] = partial(point, server, count)
         series = in_turn(points, run.rounds)
     run.keep("registered", "registered tasks, 64 requests drawn evenly from them", "tokens/s", series)
 

@@ -35,6 +35,7 @@ TRANSFORMERS, OPENVINO = "transformers", "OpenVINO GenAI"
 BOUNDS = {
     "zipf": (
         Bound("mixed tasks over HTTP against PEFT grouped by task", OURS, GROUPED, at_least=12),
+        Bound("mixed tasks over HTTP in int8 against PEFT grouped by task", OURS_INT8, GROUPED, at_least=12),
         Bound("mixed tasks over HTTP against OpenVINO GenAI without prefixes", OURS, OPENVINO, at_least=1),
         Bound("mixed tasks over HTTP in int8 against OpenVINO GenAI without prefixes", OURS_INT8, OPENVINO, at_least=1),
     ),
