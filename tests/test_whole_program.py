@@ -87,7 +87,7 @@ def test_warm_and_mixed_requests_answer_as_alone(roomy: Program, alone: list[lis
 
 def test_evicted_and_preempted_requests_answer_as_alone(alone: list[list[int]], tmp_path: Path) -> None:
     """Room for 4 prefixes, 16 tasks in turn; KV memory for a few rows of the 36 that come at once."""
-    room = ["--prefix-bytes", str(4 * 2 * BLOCK_BYTES), "--kv-bytes", str(10 * BLOCK_BYTES)]
+    room = ["--prefix-bytes", str(4 * 2 * BLOCK_BYTES), "--kv-bytes", str(8 * BLOCK_BYTES)]
     with running(tmp_path / "data", "--dtype", "float32", *room) as program:
         upload_tasks(program)
         asked = requests()
@@ -95,7 +95,7 @@ def test_evicted_and_preempted_requests_answer_as_alone(alone: list[list[int]], 
         num_evictions = program.metric("prefix_evictions_total")
         with ThreadPoolExecutor(len(asked)) as clients:
             together = list(clients.map(lambda request: ask(program, request), asked))
-        assert program.metric("num_preemptions_total") >= 1
+        assert program.metric("num_preemptions_total") >= 3
         assert program.metric("prefix_resident_bytes") <= program.metric("prefix_pool_bytes") == 8 * BLOCK_BYTES
     assert num_evictions >= 2 * NUM_TASKS - 4
     assert in_turn == alone

@@ -7,6 +7,7 @@ processors with VNNI only; on others the product is a kernel of our own.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ ZERO = 128  # inputs are unsigned: with signed ones the operator falls back to a
 SATURATING = 64  # inputs and outputs of a weight whose every pair of products exceeds 16 bits
 
 
-class QuantizedWeight:
+class QuantizedWeight(ABC):
     """`[out, in]` with its bias. Calls give `[..., out]` in the input's dtype."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: CpuKernels) -> None:
@@ -36,13 +37,13 @@ class QuantizedWeight:
         rows = x.reshape(-1, self.in_features).contiguous()
         return self.product(*self.quantized(rows), x.dtype).view(*x.shape[:-1], -1)
 
+    @abstractmethod
     def quantized(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[rows, in]` as whole numbers and a scale a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, values: torch.Tensor, row_scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[rows, out]` of rows that are 8-bit already."""
-        raise NotImplementedError
 
     def is_right(self, weight: torch.Tensor) -> bool:
         """Near the plain product of the rounded numbers, and the same for few rows as among many."""
