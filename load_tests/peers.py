@@ -113,9 +113,8 @@ def main() -> None:
         parser.error(f"expected workloads of {', '.join(WORKLOADS)}, got {', '.join(unknown)}")
     run_peers(Run.of("peers", arguments), names)
     if arguments.all:
-        common = ["--results", str(arguments.results), *(["--quick"] if arguments.quick else [])]
         for script in ("limit.py", "budgets.py", "growth.py", "quality.py"):
-            subprocess.run([sys.executable, str(Path(__file__).parent / script), *common], check=True)
+            subprocess.run([sys.executable, str(Path(__file__).parent / script), *arguments.given], check=True)
 
 
 def run_peers(run: Run, names: list[str]) -> None:

@@ -74,12 +74,15 @@ class Run:
 
 
 def options(parser: argparse.ArgumentParser, rounds: int) -> argparse.Namespace:
-    """What every script takes, parsed."""
+    """What every script takes, parsed; `given` is the same for another script."""
     parser.add_argument("--rounds", type=int, help=f"{rounds} unless --quick")
     parser.add_argument("--quick", action="store_true", help="a smoke run of small sizes: its figures mean nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of JSON and plots")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: servers and peers end with us
+    rounds_given = ["--rounds", str(arguments.rounds)] if arguments.rounds else []
+    quick_given = ["--quick"] if arguments.quick else []
+    arguments.given = ["--results", str(arguments.results), *rounds_given, *quick_given]
     arguments.rounds = arguments.rounds or (2 if arguments.quick else rounds)
     return arguments
 

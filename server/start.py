@@ -51,7 +51,14 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     use_one_thread()
     model, shape, kernels = _checked_model(settings, files, device, kernels)
     num_blocks, num_prefix_blocks = _pool(settings, shape)
-    runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, device, kernels))
+    try:
+        kv_blocks = KVBlocks(shape, num_blocks, device, kernels)
+    except (OSError, torch.OutOfMemoryError) as error:
+        num_bytes = num_blocks * block_bytes(shape)
+        raise StartError(
+            f"expected {num_bytes:,} bytes of memory for kv_bytes and prefix_bytes, got: {error}"
+        ) from error
+    runner = ModelRunner(model, shape, kv_blocks)
     tokenizer = AutoTokenizer.from_pretrained(files.path)
     store = PrefixStore(
         SqliteRegistry(settings.data_dir / "registry.sqlite"), Blobs(settings.data_dir / "blobs"), shape

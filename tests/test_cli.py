@@ -462,6 +462,13 @@ def test_serve_refuses_wrong_settings_in_one_line(cli: Cli) -> None:
     assert "port" in cli.refused("serve", PREFIXSERVE_PORT="99999")
 
 
+def test_serve_says_how_much_memory_it_lacks(cli: Cli, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server", "serve", "--kv-bytes", "900TiB", "--data-dir", str(tmp_path)]
+    refused = subprocess.run(command, cwd=ROOT, env=os.environ | cli.env, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "bytes of memory for kv_bytes and prefix_bytes, got: [Errno 12]" in refused.stderr.splitlines()[-1]
+
+
 def test_commands_that_speak_http_do_without_torch() -> None:
     program = "import sys, server.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

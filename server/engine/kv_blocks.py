@@ -5,6 +5,9 @@ A resident prefix and a row's own text both live in blocks of this tensor, so on
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 
 from prefix_store.prefix import Layout, ModelShape
@@ -30,7 +33,7 @@ class KVBlocks:
         self.dtype = shape.dtype
         self.device = device
         size = (_depth(shape), 2, num_blocks, shape.num_kv_heads, BLOCK_SIZE * shape.head_dim)
-        self.kv = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.kv = _zeros(size, shape.dtype, device)
         self.kernels = kernels if fits(device, shape.dtype, shape.head_dim) else None
         self.layers = list(self.kv)
         self._blocks = [layer.view(-1, BLOCK_SIZE * shape.head_dim) for layer in self.kv]
@@ -131,3 +134,14 @@ def prefix_blocks(layout: Layout, shape: ModelShape) -> int:
 def _depth(shape: ModelShape) -> int:
     """An encoder's K and V pass through the blocks that later hold its row's cross-attention."""
     return max(shape.num_layers, shape.num_encoder_layers)
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU the kernel gives zeroed memory when a block is first written, in huge pages where it has them: a server
+    starts without touching the whole pool and holds as much of it as it has used."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(size)

@@ -45,7 +45,7 @@ class ReorderedWeight:
         if not bool((every.float() - expected).abs().max() <= TOLERANCE[weight.dtype] * expected.abs().max()):
             return False
         self.pads_single_rows = not torch.equal(self._product(x[:1]), every[:1])
-        return all(torch.equal(self(x[:n]), every[:n]) for n in PROBED_ROWS)
+        return all(torch.equal(self(x[:n]), every[:n]) for n in PROBED_ROWS[:-1])
 
 
 def can_reorder(dtype: torch.dtype) -> bool:
