@@ -4,12 +4,12 @@ BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: serve test lint clean compiler
+.PHONY: serve test lint clean compiler redis
 
 serve: $(VENV)/.serve-stamp compiler
 	$(BIN)/prefixserve serve --host $(HOST) --port $(PORT) --publish-examples examples/prefixes
 
-test: $(VENV)/.test-stamp compiler lint
+test: $(VENV)/.test-stamp compiler redis lint
 	$(BIN)/prefixserve model fetch
 	$(BIN)/python -m pytest
 
@@ -22,6 +22,10 @@ lint: $(VENV)/.test-stamp
 compiler:
 	@command -v cc > /dev/null || { apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev; } \
 		|| echo 'No C compiler: install gcc and libc6-dev, or the server computes more slowly.'
+
+# The tests start one of their own; Debian's service is not used.
+redis:
+	@command -v redis-server > /dev/null || { apt-get update && apt-get install -y --no-install-recommends redis-server; }
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

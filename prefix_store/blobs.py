@@ -1,10 +1,14 @@
-"""Content-addressed files behind fsspec: a local folder, or any object store by URL."""
+"""Content-addressed files of each tenant behind fsspec: a local folder, or any object store by URL."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,20 @@ import fsspec
 
 from prefix_store.errors import DamagedBlobError, StorageFullError
 from prefix_store.native_format import digest_of
+from prefix_store.tenants import DEFAULT_TENANT, is_tenant_name
 
 SUFFIX = ".safetensors"
 PART = ".part-"
+FOLDER = re.compile(r"[0-9a-f]{2}")
 
 
 class Blobs:
-    """`root` is a path or an fsspec URL. A blob appears under its name only when it is whole and on the disk."""
+    """`root` is a path or an fsspec URL. A blob is `<root>/<tenant>/<xx>/<digest>.safetensors`, and appears under its
+    name only when it is whole and on the disk. Tenants share none: what one stores costs another the same time as if
+    it were not there.
+
+    Opening moves files without a tenant, `<root>/<xx>/<digest>.safetensors`, to the tenant `default`.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self._fs: Any
@@ -26,24 +37,25 @@ class Blobs:
         self._root = str(found).rstrip("/")
         self._is_local = "file" in ((self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol)
         self._fs.makedirs(self._root, exist_ok=True)
+        self._move_untenanted()
 
-    def put(self, body: bytes) -> str:
+    def put(self, tenant: str, body: bytes) -> str:
         """Store `body`; the digest. Raises StorageFullError."""
         digest = digest_of(body)
-        path = self._path(digest)
+        path = self._path(tenant, digest)
         if self._fs.exists(path):
             return digest
         parent = path.rsplit("/", 1)[0]
         temporary = f"{parent}/{PART}{uuid.uuid4().hex}"
-        self._fs.makedirs(parent, exist_ok=True)
         try:
+            self._fs.makedirs(parent, exist_ok=True)
             if self._is_local:
                 with open(temporary, "xb") as file:
                     file.write(body)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, path)
-                for folder in (parent, self._root):
+                for folder in (parent, parent.rsplit("/", 1)[0], self._root):
                     _fsync_folder(folder)
             else:
                 self._fs.pipe_file(temporary, body)
@@ -56,10 +68,10 @@ class Blobs:
             raise
         return digest
 
-    def get(self, digest: str) -> bytes:
+    def get(self, tenant: str, digest: str) -> bytes:
         """The blob, checked against its digest. Raises DamagedBlobError."""
         try:
-            body: bytes = self._fs.cat_file(self._path(digest))
+            body: bytes = self._fs.cat_file(self._path(tenant, digest))
         except FileNotFoundError as error:
             raise DamagedBlobError(f"the file of {digest[:12]} is missing") from error
         found = digest_of(body)
@@ -67,27 +79,53 @@ class Blobs:
             raise DamagedBlobError(f"the file of {digest[:12]} was altered: its sha256 is {found[:12]}…")
         return body
 
-    def exists(self, digest: str) -> bool:
-        return bool(self._fs.exists(self._path(digest)))
+    def exists(self, tenant: str, digest: str) -> bool:
+        return bool(self._fs.exists(self._path(tenant, digest)))
 
-    def delete(self, digest: str) -> None:
-        path = self._path(digest)
+    def delete(self, tenant: str, digest: str) -> None:
+        path = self._path(tenant, digest)
         if self._fs.exists(path):
             self._fs.rm_file(path)
 
-    def digests(self) -> set[str]:
-        """All that is stored."""
-        names = (str(path).rsplit("/", 1)[-1] for path in self._fs.find(self._root))
-        return {name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)}
+    def digests(self) -> dict[str, set[str]]:
+        """All that is stored, by tenant."""
+        found: dict[str, set[str]] = {}
+        for path in self._files():
+            tenant, _, name = path.rsplit("/", 3)[1:]
+            if name.endswith(SUFFIX):
+                found.setdefault(tenant, set()).add(name.removesuffix(SUFFIX))
+        return found
 
-    def sweep(self) -> None:
-        """Remove what writers that were killed left under temporary names."""
-        for path in self._fs.find(self._root):
-            if str(path).rsplit("/", 1)[-1].startswith(PART):
-                self._fs.rm_file(path)
+    def sweep(self, min_age_s: float = 0.0) -> None:
+        """Remove what writers that were killed left under temporary names, if it is as old as that."""
+        for path in self._files():
+            if path.rsplit("/", 1)[1].startswith(PART):
+                with suppress(FileNotFoundError):
+                    if not min_age_s or time.time() - self._fs.modified(path).timestamp() >= min_age_s:
+                        self._fs.rm_file(path)
 
-    def _path(self, digest: str) -> str:
-        return f"{self._root}/{digest[:2]}/{digest}{SUFFIX}"
+    def _files(self) -> Iterator[str]:
+        return (str(path) for path in self._fs.find(self._root))
+
+    def _path(self, tenant: str, digest: str) -> str:
+        assert is_tenant_name(tenant), "names are checked where they come in"
+        return f"{self._root}/{tenant}/{digest[:2]}/{digest}{SUFFIX}"
+
+    def _move_untenanted(self) -> None:
+        for folder in self._fs.ls(self._root, detail=False):
+            if not FOLDER.fullmatch(str(folder).rstrip("/").rsplit("/", 1)[-1]):
+                continue
+            for entry in self._fs.ls(folder, detail=True):  # a tenant may have such a name, its folders are no files
+                name = str(entry["name"]).rsplit("/", 1)[-1]
+                if entry["type"] != "file" or not name.endswith(SUFFIX):
+                    continue
+                path = self._path(DEFAULT_TENANT, name.removesuffix(SUFFIX))
+                self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                with suppress(FileNotFoundError):  # another replica opens as well
+                    if self._is_local:
+                        os.replace(entry["name"], path)
+                    else:
+                        self._fs.mv(entry["name"], path)
 
 
 def _fsync_folder(folder: str) -> None:

@@ -4,12 +4,17 @@ PrefixStoreError
 ├── InvalidArtefactError        the artefact itself is wrong
 │   └── BaseMismatchError       it was trained for another model
 ├── ArtefactTooLargeError       more bytes or virtual tokens than the limit
+├── InvalidTenantError          a tenant's name, key or limits are wrong
+├── InvalidChangeError          weights or shares that a task cannot have
 ├── NotFoundError               no such task or version for this tenant
 ├── ConflictError               the task's state forbids it
 │   └── IncompatibleError       stored for another model than the one served
+├── DisabledError               the task was taken out of service by hand
 ├── PreconditionFailedError     If-Match or If-None-Match does not hold
 ├── DamagedBlobError            a stored file is missing or not what was written
-└── StorageFullError            no room on the disk
+├── StorageFullError            no room on the disk
+│   └── QuotaError              no room in the tenant's own limits
+└── UnavailableError            the shared registry cannot be reached
 """
 
 from __future__ import annotations
@@ -28,7 +33,15 @@ class BaseMismatchError(InvalidArtefactError):
 
 
 class ArtefactTooLargeError(PrefixStoreError):
-    """More bytes than the limit."""
+    """More bytes or virtual tokens than the limit."""
+
+
+class InvalidTenantError(PrefixStoreError):
+    """A name, key or limit that cannot be."""
+
+
+class InvalidChangeError(PrefixStoreError):
+    """Weights or shares that cannot be."""
 
 
 class NotFoundError(PrefixStoreError):
@@ -43,6 +56,10 @@ class IncompatibleError(ConflictError):
     """Stored for another model."""
 
 
+class DisabledError(PrefixStoreError):
+    """The task answers nobody until it is enabled."""
+
+
 class PreconditionFailedError(PrefixStoreError):
     """The task has changed since the caller looked."""
 
@@ -53,3 +70,11 @@ class DamagedBlobError(PrefixStoreError):
 
 class StorageFullError(PrefixStoreError):
     """The disk is full."""
+
+
+class QuotaError(StorageFullError):
+    """The tenant's limits on what it stores are reached."""
+
+
+class UnavailableError(PrefixStoreError):
+    """The registry cannot be reached; nothing was changed, or whether it was is not known."""

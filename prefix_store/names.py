@@ -1,4 +1,4 @@
-"""Names that users give: tasks, and `TASK@VERSION`. Matched whole before they touch anything."""
+"""Names that users give: tasks, `TASK@VERSION`, `OWNER/TASK`. Matched whole before they touch anything."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ PREVIOUS = "previous"
 
 @dataclass(frozen=True)
 class TaskRef:
-    """`version` None: the active one; else a number, 12 or more hex digits of the digest, or `previous`."""
+    """`version` None: the one in service; else a number, 12 or more hex digits of the digest, or `previous`. `owner`
+    None: the caller's own task."""
 
     task: str
     version: str | None = None
+    owner: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.task if self.owner is None else f"{self.owner}/{self.task}"
 
 
 def is_task_name(text: str) -> bool:
@@ -26,11 +32,12 @@ def is_task_name(text: str) -> bool:
 
 
 def parse_ref(text: str) -> TaskRef:
-    """`T` or `T@V`. Raises NotFoundError: a name that cannot be is a name that is not there."""
-    task, at, version = text.partition("@")
-    if not is_task_name(task) or (at and not is_version(version)):
+    """`T`, `T@V`, `owner/T` or `owner/T@V`. Raises NotFoundError: a name that cannot be is a name that is not there."""
+    name, at, version = text.partition("@")
+    owner, slash, task = name.rpartition("/")
+    if not is_task_name(task) or (slash and not is_task_name(owner)) or (at and not is_version(version)):
         raise NotFoundError(f"no task {text[:140]!r}; a task is [a-z0-9][a-z0-9._-]{{0,63}}, or TASK@VERSION")
-    return TaskRef(task, version if at else None)
+    return TaskRef(task, version if at else None, owner if slash else None)
 
 
 def is_version(text: str) -> bool:

@@ -1,109 +1,60 @@
-"""What the store knows about tasks and versions, and the contract of the registries that keep it."""
+"""The contract of the registries that keep tasks, tenants, audit and usage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, TypeVar
 
-from prefix_store.ensemble import KIND, Ensemble
-from prefix_store.errors import NotFoundError, PreconditionFailedError
-from prefix_store.prefix import Layout
+from prefix_store.audit import AuditEntry
+from prefix_store.buckets import Taken
+from prefix_store.draft import Draft, Stored
+from prefix_store.errors import ConflictError, NotFoundError
+from prefix_store.task import Task, Version
+from prefix_store.task_changes import delete_all
+from prefix_store.tenants import DEFAULT_TENANT, Tenant, check_tenant_name
+from prefix_store.usage import Usage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class NewVersion:
-    """A version before it has a number. `num_bytes` is the native file's size (0: it has none, being an ensemble);
-    `base` how it was matched with the model."""
+class NewFile:
+    """A file that a change will refer to. `put` stores it where it is not there; it may be called several times."""
 
     digest: str
-    content: Layout | Ensemble
-    num_bytes: int
-    base: str
-    base_model: str
-    fingerprint: str
-    note: str
-
-    @property
-    def kind(self) -> str:
-        return KIND if isinstance(self.content, Ensemble) else self.content.kind
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        return self.content.num_virtual_tokens
-
-
-@dataclass(frozen=True)
-class Version(NewVersion):
-    """Immutable."""
-
-    tenant: str
-    task: str
-    version: int
-    created_at_s: float
-
-
-@dataclass(frozen=True)
-class Task:
-    """A name and its versions, oldest first. `revision` changes with every change and is never used again."""
-
-    tenant: str
-    name: str
-    revision: int
-    active: int | None
-    previous: int | None
-    is_pinned: bool
-    versions: tuple[Version, ...]
-
-    def find(self, version: str | None) -> Version:
-        """The version of a reference: None (active), `previous`, a number, a digest's beginning."""
-        if version is None or version == "previous":
-            number = self.active if version is None else self.previous
-            found = [v for v in self.versions if v.version == number]
-        elif len(version) < 12:
-            found = [v for v in self.versions if str(v.version) == version]
-        else:
-            found = [v for v in self.versions if v.digest.startswith(version)]
-        if len(found) != 1:
-            if version is None:
-                raise NotFoundError(f"task {self.name!r} has no active version")
-            raise NotFoundError(f"no version {version!r} of task {self.name!r}")
-        return found[0]
-
-
-@dataclass(frozen=True)
-class Precondition:
-    """`If-Match` (None: not given; `*` any) against a task's revision or a version's digest; `If-None-Match: *`."""
-
-    if_match: frozenset[str] | None = None
-    must_be_new: bool = False
-
-    def check(self, etag: str | None) -> None:
-        """Raises PreconditionFailedError. `etag` None: there is nothing yet."""
-        if self.must_be_new and etag is not None:
-            raise PreconditionFailedError(f"If-None-Match: expected nothing there, found revision {etag}")
-        if self.if_match is None or (etag is not None and self.if_match & {etag, "*"}):
-            return
-        raise PreconditionFailedError(f"If-Match: expected {', '.join(sorted(self.if_match))}, found {etag}")
-
-
-ANY = Precondition()
+    put: Callable[[], object]
 
 
 class Registry(Protocol):
-    """Every method is atomic, and durable when it returns. Tasks are found by tenant and name only."""
+    """Every method is atomic, and durable when it returns. All raise UnavailableError where the registry cannot be
+    reached. Tasks are found by tenant and name only."""
 
-    def add_version(
-        self,
-        tenant: str,
-        task: str,
-        new: NewVersion,
-        activate: bool | None,
-        precondition: Precondition,
-        confirm: Callable[[], object],
-    ) -> tuple[Task, Version, bool]:
-        """The task, the version and whether it is new. `confirm` runs while no `release_unused` can. Raises
-        NotFoundError for an ensemble whose members are not all there."""
+    max_upload_s: float
+    """How long uploads of other processes may take, after which what they left is rubbish; 0: there are none."""
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether what is read may be old, because a registry that others share is away."""
+        return False
+
+    def change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None) -> T:
+        """Commit what `decide` does to a draft of the tenant's tasks, as if nobody else changed them meanwhile, and
+        return what it returns; what it raises leaves everything as it was. It may be called several times, so that it
+        does nothing but read and write its draft (`task_changes`).
+
+        `file` is stored before the change is there, and `release_unused` does not drop it in between.
+        """
+        ...
+
+    def adopt(self, tenant: str, revision: int, tasks: Mapping[str, Task | None], *, are_all: bool = False) -> None:
+        """Put in the tenant's tasks and revision as they are in another registry (None: gone); those not named go as
+        well if these `are_all`. Raises ConflictError where they change meanwhile."""
+        ...
+
+    def revisions(self) -> dict[str, int]:
+        """Of every tenant that has or had tasks: changes with each change of one."""
         ...
 
     def get_task(self, tenant: str, task: str) -> Task | None: ...
@@ -112,26 +63,93 @@ class Registry(Protocol):
         """By name, from the first after `after`."""
         ...
 
-    def activate(self, tenant: str, task: str, version: str, precondition: Precondition) -> Task: ...
-
-    def set_pinned(self, tenant: str, task: str, is_pinned: bool) -> Task: ...
-
-    def pinned_tasks(self) -> list[Task]: ...
-
-    def delete_version(self, tenant: str, task: str, version: str, precondition: Precondition) -> Version:
-        """Raises ConflictError for the active version and for a member of an ensemble, naming the ensemble."""
+    def is_shared(self, owner: str, task: str, tenant: str) -> bool:
+        """Whether there is such a task that `tenant` may use. Takes the same time whether the task is not there or not
+        shared."""
         ...
 
-    def delete_task(self, tenant: str, task: str, precondition: Precondition) -> Task:
-        """Raises ConflictError where another task's ensemble has one of its versions."""
+    def list_shared(self, tenant: str, limit: int, after: str) -> list[Task]:
+        """Other tenants' tasks that this one may use, by `owner/T`, from the first after `after`."""
         ...
 
-    def digests(self) -> set[str]:
-        """All that any version refers to."""
+    def pinned_tasks(self) -> list[Task]:
+        """Of all tenants, by tenant and name."""
         ...
 
-    def release_unused(self, digests: set[str], drop: Callable[[str], None]) -> None:
-        """Call `drop` for each of `digests` that no version refers to, while no `confirm` can run."""
+    def stored(self, tenant: str) -> Stored: ...
+
+    def digests(self) -> dict[str, set[str]]:
+        """By tenant, the files that any version refers to."""
+        ...
+
+    def release_unused(self, tenant: str, digests: Iterable[str], drop: Callable[[str], None]) -> None:
+        """Call `drop` for each of `digests` that no version of the tenant refers to and that no `change` is about to
+        refer to."""
+        ...
+
+    def get_tenant(self, name: str) -> Tenant | None: ...
+
+    def list_tenants(self) -> list[Tenant]:
+        """By name."""
+        ...
+
+    def update_tenant(self, name: str, change: Callable[[Tenant | None], Tenant | None]) -> Tenant | None:
+        """Replace the tenant by what `change` makes of it (None: not there), with its new revision. `change` may be
+        called several times; what it raises leaves everything as it was."""
+        ...
+
+    def delete_tenant(self, name: str) -> list[Version]:
+        """The tenant goes with its keys and tasks, not with its files; the versions that it had. Where this is cut off
+        a suspended tenant is left, and it can be called again. Raises NotFoundError, InvalidTenantError,
+        ConflictError for `default`."""
+        if check_tenant_name(name) == DEFAULT_TENANT:
+            raise ConflictError(f"tenant {DEFAULT_TENANT!r} cannot be deleted")
+        self.update_tenant(name, partial(_suspended, name))
+        gone = self.change(name, delete_all)
+        self.update_tenant(name, lambda _: None)
+        gone += self.change(name, delete_all)  # what uploads brought that had been let in before
+        return [version for task in gone for version in task.versions]
+
+    def tenants_revision(self) -> int:
+        """Rises with every change of any tenant."""
+        ...
+
+    def append_audit(self, entry: AuditEntry) -> AuditEntry:
+        """The entry with its number."""
+        ...
+
+    def list_audit(self, tenant: str | None, limit: int, before: int | None) -> list[AuditEntry]:
+        """Newest first, of one tenant or all, from the last whose number is less than `before`."""
+        ...
+
+    def add_usage(self, rows: Iterable[Usage]) -> None:
+        """Add to what is stored: all rows, or none. After UnavailableError they may have been added."""
+        ...
+
+    def usage(self, tenant: str | None, first_day: str, last_day: str) -> list[Usage]:
+        """Of one tenant or all, both days included, by day, tenant, task and version."""
+        ...
+
+    def take(
+        self,
+        tenant: str,
+        bucket: str,
+        amount: float,
+        capacity: float,
+        per_s: float,
+        now: float,
+        *,
+        may_owe: bool = False,
+    ) -> Taken:
+        """Take `amount` out of a bucket that starts with `capacity` and gains `per_s` a second, or nothing. `may_owe`:
+        take it even if the bucket sinks below nothing, which it then makes good for first. A negative amount gives
+        back. `now` is the caller's clock in seconds; a registry that others share has its own."""
         ...
 
     def close(self) -> None: ...
+
+
+def _suspended(name: str, tenant: Tenant | None) -> Tenant:
+    if tenant is None:
+        raise NotFoundError(f"no tenant {name!r}")
+    return replace(tenant, is_suspended=True)

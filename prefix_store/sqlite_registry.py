@@ -1,274 +1,170 @@
-"""The embedded registry: one SQLite file, WAL, full synchronous."""
+"""The embedded registry: documents in one SQLite file, each change a transaction."""
 
 from __future__ import annotations
 
-import json
 import sqlite3
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from prefix_store.ensemble import KIND, Ensemble, Member
-from prefix_store.errors import ConflictError, NotFoundError
-from prefix_store.prefix import Layout
-from prefix_store.registry import NewVersion, Precondition, Task, Version
+from prefix_store.documents import read_task
+from prefix_store.draft import Draft, Stored, Write
+from prefix_store.entries import FILES, PINNED, file_entry, shared_entry
+from prefix_store.registry import NewFile, Registry
+from prefix_store.sqlite_accounts import SqliteAccounts
+from prefix_store.sqlite_file import SqliteFile, put_task
+from prefix_store.task import EVERYONE, Task
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS revisions (tenant TEXT PRIMARY KEY, revision INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS tasks (
-    tenant TEXT NOT NULL, name TEXT NOT NULL, revision INTEGER NOT NULL, last_version INTEGER NOT NULL,
-    active INTEGER, previous INTEGER, is_pinned INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (tenant, name)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS versions (
-    tenant TEXT NOT NULL, task TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, kind TEXT NOT NULL,
-    num_virtual_tokens INTEGER NOT NULL, num_bytes INTEGER NOT NULL, base TEXT NOT NULL, base_model TEXT NOT NULL,
-    fingerprint TEXT NOT NULL, note TEXT NOT NULL, created_at_s REAL NOT NULL, content TEXT NOT NULL DEFAULT '{}',
-    PRIMARY KEY (tenant, task, version),
-    FOREIGN KEY (tenant, task) REFERENCES tasks (tenant, name) ON DELETE CASCADE) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS versions_by_digest ON versions (digest);
-CREATE INDEX IF NOT EXISTS ensembles ON versions (tenant) WHERE kind = 'ensemble';
-CREATE INDEX IF NOT EXISTS pinned_tasks ON tasks (tenant, name) WHERE is_pinned = 1;
-"""
-SCHEMA_VERSION = 2
-# A file of schema 1 had decoder-only prefixes only: their kind and length say all that `content` does.
-MIGRATION = "ALTER TABLE versions ADD COLUMN content TEXT NOT NULL DEFAULT '{}'"
-WAIT_S = 10.0
-COLUMNS = (
-    "tenant, task, version, digest, kind, num_virtual_tokens, num_bytes, base, base_model, fingerprint, note, "
-    "created_at_s, content"
-)
-PLACES = ", ".join("?" * len(COLUMNS.split(", ")))
+T = TypeVar("T")
+COUNTS = "SELECT revision, num_versions, num_bytes FROM tenant_counts WHERE tenant = ?"
 
 
-class SqliteRegistry:
-    """Writes take their turn on one connection; reads have one a thread and never wait for a write."""
+class SqliteRegistry(SqliteAccounts, Registry):
+    """Implements `Registry` for one server. A change and a release never run at once, in whatever process, so a change
+    that puts its file again (most often it is there) refers to a file that is there."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._writing = threading.Lock()
-        self._readers = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self._writer = self._connect()
-        with self._transaction() as db:
-            found = db.execute("PRAGMA user_version").fetchone()[0]
-            if found > SCHEMA_VERSION:
-                raise ConflictError(f"{path}: expected a registry of schema {SCHEMA_VERSION}, got {found}")
-            if found == 1:
-                db.execute(MIGRATION)
-            for statement in SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    max_upload_s = 0.0
 
-    def add_version(
-        self,
-        tenant: str,
-        task: str,
-        new: NewVersion,
-        activate: bool | None,
-        precondition: Precondition,
-        confirm: Callable[[], object],
-    ) -> tuple[Task, Version, bool]:
-        with self._transaction() as db:
-            found = _task(db, tenant, task)
-            precondition.check(None if found is None else str(found.revision))
-            confirm()
-            known = [v for v in found.versions if v.digest == new.digest] if found else []
-            if found is not None and known:
-                if activate is True and found.active != known[0].version:
-                    _point(db, found, known[0].version)
-                return _present(db, tenant, task), known[0], False
-            revision = _next_revision(db, tenant)
-            if found is None:
-                db.execute("INSERT INTO tasks VALUES (?, ?, ?, 0, NULL, NULL, 0)", (tenant, task, revision))
-            db.execute(
-                "UPDATE tasks SET revision = ?, last_version = last_version + 1 WHERE tenant = ? AND name = ?",
-                (revision, tenant, task),
-            )
-            number = db.execute(
-                "SELECT last_version FROM tasks WHERE tenant = ? AND name = ?", (tenant, task)
-            ).fetchone()[0]
-            for member in new.content.members if isinstance(new.content, Ensemble) else ():
-                if _present(db, tenant, member.task).find(str(member.version)).digest != member.digest:
-                    raise NotFoundError(f"no version {member} any more: it was deleted and made anew")
-            version = Version(**vars(new), tenant=tenant, task=task, version=number, created_at_s=time.time())
-            db.execute(f"INSERT INTO versions ({COLUMNS}) VALUES ({PLACES})", _values(version))
-            if activate is not False:
-                _point(db, _present(db, tenant, task), number)
-            return _present(db, tenant, task), version, True
+    def __init__(self, path: Path, *, is_durable: bool = True) -> None:
+        super().__init__(SqliteFile(path, is_durable=is_durable))
+
+    def change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None) -> T:
+        if file is not None:
+            file.put()  # most of the time that it takes, before others have to wait
+        with self._file.transaction() as db:
+            draft = _draft(db, tenant)
+            result = decide(draft)
+            if file is not None:
+                file.put()
+            if draft.is_changed:
+                _apply(db, draft.write())
+            return result
+
+    def adopt(self, tenant: str, revision: int, tasks: Mapping[str, Task | None], *, are_all: bool = False) -> None:
+        with self._file.transaction() as db:
+            draft = _draft(db, tenant)
+            for name in _names(db, tenant) if are_all else ():
+                draft.adopt(name, tasks.get(name))
+            for name, task in tasks.items():
+                draft.adopt(name, task)
+            _apply(db, replace(draft.write(), revision=revision))
+
+    def revisions(self) -> dict[str, int]:
+        with self._file.snapshot() as db:
+            return dict(db.execute("SELECT tenant, revision FROM tenant_counts").fetchall())
+
+    def revision(self, tenant: str) -> int:
+        with self._file.snapshot() as db:
+            return _counts(db, tenant)[0]
 
     def get_task(self, tenant: str, task: str) -> Task | None:
-        with self._snapshot() as db:
+        with self._file.snapshot() as db:
             return _task(db, tenant, task)
 
     def list_tasks(self, tenant: str, limit: int, after: str) -> list[Task]:
-        with self._snapshot() as db:
-            names = db.execute(
-                "SELECT name FROM tasks WHERE tenant = ? AND name > ? ORDER BY name LIMIT ?", (tenant, after, limit)
+        with self._file.snapshot() as db:
+            rows = db.execute(
+                "SELECT document FROM task_documents WHERE tenant = ? AND name > ? ORDER BY name LIMIT ?",
+                (tenant, after, limit),
             ).fetchall()
-            return [_present(db, tenant, name) for (name,) in names]
+        return [read_task(document) for (document,) in rows]
 
-    def activate(self, tenant: str, task: str, version: str, precondition: Precondition) -> Task:
-        with self._transaction() as db:
-            found = _present(db, tenant, task)
-            precondition.check(str(found.revision))
-            number = found.find(version).version
-            if number != found.active:
-                _point(db, found, number)
-            return _present(db, tenant, task)
+    def is_shared(self, owner: str, task: str, tenant: str) -> bool:
+        with self._file.snapshot() as db:
+            found = db.execute(
+                "SELECT count(*) FROM entries WHERE entry IN (?, ?) AND tenant = ? AND task = ?",
+                (shared_entry(tenant), shared_entry(EVERYONE), owner, task),
+            ).fetchone()
+        return bool(found[0])
 
-    def set_pinned(self, tenant: str, task: str, is_pinned: bool) -> Task:
-        with self._transaction() as db:
-            found = _present(db, tenant, task)
-            if found.is_pinned != is_pinned:
-                db.execute(
-                    "UPDATE tasks SET is_pinned = ?, revision = ? WHERE tenant = ? AND name = ?",
-                    (int(is_pinned), _next_revision(db, tenant), tenant, task),
-                )
-            return _present(db, tenant, task)
+    def list_shared(self, tenant: str, limit: int, after: str) -> list[Task]:
+        with self._file.snapshot() as db:
+            rows = db.execute(
+                "SELECT document FROM (SELECT DISTINCT tenant, task FROM entries WHERE entry IN (?, ?) "
+                "AND tenant != ? AND (tenant || '/' || task) > ?) AS shared JOIN task_documents AS found "
+                "ON found.tenant = shared.tenant AND found.name = shared.task "
+                "ORDER BY shared.tenant || '/' || shared.task LIMIT ?",
+                (shared_entry(tenant), shared_entry(EVERYONE), tenant, after, limit),
+            ).fetchall()
+        return [read_task(document) for (document,) in rows]
 
     def pinned_tasks(self) -> list[Task]:
-        with self._snapshot() as db:
-            names = db.execute("SELECT tenant, name FROM tasks WHERE is_pinned = 1 ORDER BY tenant, name").fetchall()
-            return [_present(db, tenant, name) for tenant, name in names]
+        with self._file.snapshot() as db:
+            rows = db.execute(
+                "SELECT document FROM entries JOIN task_documents AS found ON found.tenant = entries.tenant "
+                "AND found.name = entries.task WHERE entry = ? ORDER BY entries.tenant, entries.task",
+                (PINNED,),
+            ).fetchall()
+        return [read_task(document) for (document,) in rows]
 
-    def delete_version(self, tenant: str, task: str, version: str, precondition: Precondition) -> Version:
-        with self._transaction() as db:
-            found = _present(db, tenant, task)
-            gone = found.find(version)
-            precondition.check(gone.digest)
-            if gone.version == found.active:
-                raise ConflictError(
-                    f"version {gone.version} of task {task!r} is active; activate another or delete the task"
-                )
-            _refuse_member(db, tenant, task, gone.version)
-            db.execute(
-                "DELETE FROM versions WHERE tenant = ? AND task = ? AND version = ?", (tenant, task, gone.version)
-            )
-            db.execute(
-                "UPDATE tasks SET revision = ?, previous = nullif(previous, ?) WHERE tenant = ? AND name = ?",
-                (_next_revision(db, tenant), gone.version, tenant, task),
-            )
-            return gone
+    def stored(self, tenant: str) -> Stored:
+        with self._file.snapshot() as db:
+            return _counts(db, tenant)[1]
 
-    def delete_task(self, tenant: str, task: str, precondition: Precondition) -> Task:
-        with self._transaction() as db:
-            found = _present(db, tenant, task)
-            precondition.check(str(found.revision))
-            for version in found.versions:
-                _refuse_member(db, tenant, task, version.version, but_of=task)
-            db.execute("DELETE FROM tasks WHERE tenant = ? AND name = ?", (tenant, task))
-            _next_revision(db, tenant)
-            return found
+    def digests(self) -> dict[str, set[str]]:
+        with self._file.snapshot() as db:
+            rows = db.execute(
+                "SELECT DISTINCT entry FROM entries WHERE entry >= ? AND entry < ?", (f"{FILES} ", f"{FILES}!")
+            ).fetchall()
+        found: dict[str, set[str]] = {}
+        for (entry,) in rows:
+            _, tenant, digest = entry.split(" ")
+            found.setdefault(tenant, set()).add(digest)
+        return found
 
-    def digests(self) -> set[str]:
-        with self._snapshot() as db:
-            return {digest for (digest,) in db.execute("SELECT DISTINCT digest FROM versions")}
-
-    def release_unused(self, digests: set[str], drop: Callable[[str], None]) -> None:
-        with self._transaction() as db:
+    def release_unused(self, tenant: str, digests: Iterable[str], drop: Callable[[str], None]) -> None:
+        with self._file.transaction() as db:
             for digest in digests:
-                if db.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchone() is None:
+                if not _holders(db, tenant, file_entry(tenant, digest)):
                     drop(digest)
 
     def close(self) -> None:
-        for connection in self._connections:
-            connection.close()
-
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA foreign_keys = ON")
-        self._connections.append(db)
-        return db
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._writing:
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-            except BaseException:
-                self._writer.execute("ROLLBACK")
-                raise
-            self._writer.execute("COMMIT")
-
-    @contextmanager
-    def _snapshot(self) -> Iterator[sqlite3.Connection]:
-        db: sqlite3.Connection | None = getattr(self._readers, "db", None)
-        if db is None:
-            db = self._readers.db = self._connect()
-        db.execute("BEGIN")
-        try:
-            yield db
-        finally:
-            db.execute("COMMIT")
+        self._file.close()
 
 
-def _next_revision(db: sqlite3.Connection, tenant: str) -> int:
-    """Counted by tenant, so that a task made anew never repeats one and nobody sees another's pace."""
-    row = db.execute(
-        "INSERT INTO revisions VALUES (?, 1) ON CONFLICT (tenant) DO UPDATE SET revision = revision + 1 "
-        "RETURNING revision",
-        (tenant,),
-    ).fetchone()
-    return int(row[0])
+def _draft(db: sqlite3.Connection, tenant: str) -> Draft:
+    revision, stored = _counts(db, tenant)
+    read, holders = partial(_task, db, tenant), partial(_holders, db, tenant)
+    return Draft(tenant, revision, stored, read, holders, partial(_names, db, tenant))
 
 
-def _point(db: sqlite3.Connection, task: Task, version: int) -> None:
-    db.execute(
-        "UPDATE tasks SET previous = active, active = ?, revision = ? WHERE tenant = ? AND name = ?",
-        (version, _next_revision(db, task.tenant), task.tenant, task.name),
-    )
+def _counts(db: sqlite3.Connection, tenant: str) -> tuple[int, Stored]:
+    """The tenant's revision: counted by tenant, so that a task made anew never repeats one and nobody sees another's
+    pace."""
+    revision, num_versions, num_bytes = db.execute(COUNTS, (tenant,)).fetchone() or (0, 0, 0)
+    return revision, Stored(num_versions, num_bytes)
 
 
 def _task(db: sqlite3.Connection, tenant: str, name: str) -> Task | None:
-    row = db.execute(
-        "SELECT revision, active, previous, is_pinned FROM tasks WHERE tenant = ? AND name = ?", (tenant, name)
-    ).fetchone()
-    if row is None:
-        return None
-    versions = db.execute(
-        f"SELECT {COLUMNS} FROM versions WHERE tenant = ? AND task = ? ORDER BY version", (tenant, name)
-    ).fetchall()
-    return Task(tenant, name, row[0], row[1], row[2], bool(row[3]), tuple(map(_version, versions)))
+    row = db.execute("SELECT document FROM task_documents WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
+    return None if row is None else read_task(row[0])
 
 
-def _refuse_member(db: sqlite3.Connection, tenant: str, task: str, version: int, but_of: str = "") -> None:
-    """Raises ConflictError naming the ensembles that have this version, those of the task `but_of` apart."""
-    users = db.execute(
-        "SELECT DISTINCT task, version FROM versions, json_each(content, '$.members') AS member "
-        "WHERE tenant = ? AND kind = 'ensemble' AND task != ? "
-        "AND json_extract(member.value, '$.task') = ? AND json_extract(member.value, '$.version') = ?",
-        (tenant, but_of, task, version),
-    ).fetchall()
-    if users:
-        named = ", ".join(f"{user}@{number}" for user, number in users)
-        raise ConflictError(f"version {version} of task {task!r} is a member of {named}; delete that first")
+def _holders(db: sqlite3.Connection, tenant: str, entry: str) -> list[str]:
+    rows = db.execute("SELECT task FROM entries WHERE entry = ? AND tenant = ?", (entry, tenant)).fetchall()
+    return [name for (name,) in rows]
 
 
-def _values(version: Version) -> tuple[object, ...]:
-    given = [getattr(version, name) for name in COLUMNS.split(", ")[:-1]]
-    return (*given, json.dumps(asdict(version.content), sort_keys=True))
+def _names(db: sqlite3.Connection, tenant: str) -> list[str]:
+    rows = db.execute("SELECT name FROM task_documents WHERE tenant = ? ORDER BY name", (tenant,)).fetchall()
+    return [name for (name,) in rows]
 
 
-def _version(row: tuple[Any, ...]) -> Version:
-    fields = dict(zip(COLUMNS.split(", "), row, strict=True))
-    kind, num_virtual_tokens = fields.pop("kind"), fields.pop("num_virtual_tokens")
-    content = json.loads(fields.pop("content")) or {"kind": kind, "num_decoder_tokens": num_virtual_tokens}
-    if kind == KIND:
-        members = [Member(**member | {"content": Layout(**member["content"])}) for member in content["members"]]
-        return Version(**fields, content=Ensemble(tuple(members), content["rule"]))
-    return Version(**fields, content=Layout(**content))
-
-
-def _present(db: sqlite3.Connection, tenant: str, name: str) -> Task:
-    found = _task(db, tenant, name)
-    if found is None:
-        raise NotFoundError(f"no task {name!r}")
-    return found
+def _apply(db: sqlite3.Connection, write: Write) -> None:
+    for name, task in write.tasks.items():
+        if task is None:
+            db.execute("DELETE FROM task_documents WHERE tenant = ? AND name = ?", (write.tenant, name))
+        else:
+            put_task(db, task)
+    gone = [(entry, write.tenant, name) for entry, name in write.removed]
+    db.executemany("DELETE FROM entries WHERE entry = ? AND tenant = ? AND task = ?", gone)
+    come = [(entry, write.tenant, name) for entry, name in write.added]
+    db.executemany("INSERT INTO entries VALUES (?, ?, ?)", come)
+    db.execute(
+        "INSERT INTO tenant_counts VALUES (?, ?, ?, ?) ON CONFLICT (tenant) DO UPDATE SET "
+        "revision = excluded.revision, num_versions = num_versions + excluded.num_versions, "
+        "num_bytes = num_bytes + excluded.num_bytes",
+        (write.tenant, write.revision, write.grown.num_versions, write.grown.num_bytes),
+    )

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
+from prefix_store import task_changes
 from prefix_store.admission import BASES, check_name, match_base
 from prefix_store.blobs import Blobs
+from prefix_store.draft import Stored
 from prefix_store.ensemble import Ensemble, Member
-from prefix_store.errors import IncompatibleError, InvalidArtefactError, NotFoundError
-from prefix_store.names import is_task_name, is_version, parse_ref
+from prefix_store.errors import (
+    DisabledError,
+    IncompatibleError,
+    InvalidArtefactError,
+    NotFoundError,
+    UnavailableError,
+)
+from prefix_store.host_cache import HostCache
+from prefix_store.names import TaskRef, is_task_name, is_version, parse_ref
 from prefix_store.native_format import digest_of, read_native, write_native
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import Layout, ModelShape, Prefix
-from prefix_store.registry import ANY, NewVersion, Precondition, Registry, Task, Version
+from prefix_store.registry import NewFile, Registry
+from prefix_store.task import ANY, NewVersion, Precondition, Task, Version
+from prefix_store.task_changes import Published
+from prefix_store.tenants import Limits
 
+T = TypeVar("T")
 MAX_NOTE = 200
 
 
-@dataclass(frozen=True)
-class Published:
-    """What an upload became. `is_new` False: the task had this content already."""
-
-    task: Task
-    version: Version
-    is_new: bool
-
-
 class PrefixStore:
-    """Versions of tasks for one model. All methods may be called from any thread."""
+    """Versions of tasks for one model. All methods may be called from any thread, and raise UnavailableError where the
+    registry cannot be reached."""
 
     def __init__(
         self, registry: Registry, blobs: Blobs, shape: ModelShape, *, max_host_bytes: int = 256 * 2**20
@@ -38,17 +45,16 @@ class PrefixStore:
         self._registry = registry
         self._blobs = blobs
         self._shape = shape
-        self._max_host_bytes = max_host_bytes
-        self._loaded: OrderedDict[str, Prefix] = OrderedDict()
-        self._loaded_bytes = 0
-        self._lock = threading.Lock()
+        self._loaded = HostCache(max_host_bytes)
 
     def sweep(self) -> None:
-        """Remove what killed writers left: parts of files, and files that no version refers to."""
-        self._blobs.sweep()
-        orphans = self._blobs.digests() - self._registry.digests()
-        if orphans:
-            self._registry.release_unused(orphans, self._blobs.delete)
+        """Remove what killed writers left: parts of files, and files that no version refers to. Without the registry
+        nothing can be told to be unused."""
+        self._blobs.sweep(self._registry.max_upload_s)
+        with suppress(UnavailableError):
+            stored, known = self._blobs.digests(), self._registry.digests()
+            for tenant, digests in stored.items():
+                self._drop_unused(tenant, digests - known.get(tenant, set()))
 
     def parse_native(self, body: bytes) -> Prefix:
         """A validated prefix from a native file. Raises InvalidArtefactError."""
@@ -72,28 +78,30 @@ class PrefixStore:
         note: str = "",
         activate: bool | None = None,
         precondition: Precondition = ANY,
+        limits: Limits | None = None,
     ) -> Published:
-        """Store a new version: when this returns it survives anything. `activate` None: it goes live."""
+        """Store a new version: when this returns it survives anything. `activate` None: it goes live unless weights
+        are set. Raises QuotaError, ArtefactTooLargeError, PreconditionFailedError, StorageFullError."""
         body = write_native(replace(prefix, base_model=self._shape.model_name, fingerprint=self._shape.fingerprint))
         new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
-        digest = self._blobs.put(body)
+        file = NewFile(new.digest, lambda: self._blobs.put(tenant, body))
         try:
-            # A delete of the same content may have come between: then the blob is put again.
-            found, version, is_new = self._registry.add_version(
-                tenant, task, new, activate, precondition, lambda: self._blobs.put(body)
-            )
+            return self._add_version(tenant, task, new, activate, precondition, limits, file)
         except BaseException:
-            self._registry.release_unused({digest}, self._blobs.delete)
+            with suppress(UnavailableError):  # the next start sweeps
+                self._drop_unused(tenant, {new.digest})
             raise
-        return Published(found, version, is_new)
 
     def make_ensemble(self, tenant: str, members: Sequence[str], rule: str) -> Ensemble:
-        """Of members `T@V` (`T`: what it points to now). Raises InvalidArtefactError naming one that cannot be."""
+        """Of members `T@V` (`T`: the active one). Raises InvalidArtefactError naming one that cannot be."""
         found = []
         for i, ref in enumerate(members):
             try:
-                version = self.resolve(tenant, ref)
-            except (NotFoundError, IncompatibleError) as error:
+                parsed = parse_ref(ref)
+                if parsed.owner not in (None, tenant):
+                    raise InvalidArtefactError(f"expected a task of this tenant, got {ref!r}")
+                version = self._checked(self.get_task(tenant, parsed.task).find(parsed.version))
+            except (NotFoundError, IncompatibleError, InvalidArtefactError) as error:
                 raise InvalidArtefactError(f"members[{i}]: {error}") from error
             if isinstance(version.content, Ensemble):
                 raise InvalidArtefactError(f"members[{i}]: {ref!r} is an ensemble itself; name its members")
@@ -109,13 +117,26 @@ class PrefixStore:
         note: str = "",
         activate: bool | None = None,
         precondition: Precondition = ANY,
+        limits: Limits | None = None,
     ) -> Published:
         """As `publish`; matched with the model as the worst of its members. Raises NotFoundError if a member was
         deleted meanwhile."""
         matched = {self.get_version(tenant, m.task, str(m.version)).base for m in ensemble.members}
         new = self._new_version(task, ensemble.digest, ensemble, 0, max(matched, key=BASES.index), note)
-        found, version, is_new = self._registry.add_version(tenant, task, new, activate, precondition, lambda: None)
-        return Published(found, version, is_new)
+        return self._add_version(tenant, task, new, activate, precondition, limits, None)
+
+    def _add_version(
+        self,
+        tenant: str,
+        task: str,
+        new: NewVersion,
+        activate: bool | None,
+        precondition: Precondition,
+        limits: Limits | None,
+        file: NewFile | None,
+    ) -> Published:
+        add = partial(task_changes.add_version, name=task, new=new, limits=limits, now_s=time.time())
+        return self._registry.change(tenant, partial(add, activate=activate, precondition=precondition), file)
 
     def _new_version(
         self, task: str, digest: str, content: Layout | Ensemble, num_bytes: int, base: str, note: str
@@ -137,10 +158,26 @@ class PrefixStore:
         """Raises InvalidArtefactError for a name that a task cannot have."""
         check_name(task, self._shape)
 
-    def resolve(self, tenant: str, ref: str) -> Version:
-        """The version that `T` or `T@V` means now. Raises NotFoundError, IncompatibleError."""
+    def resolve(self, tenant: str, ref: str, session: str | None = None) -> Version:
+        """The version that `T`, `T@V`, `owner/T` or `owner/T@V` means for a request of this session. Raises
+        NotFoundError, the same for a task of others that is not there and one that is not shared; DisabledError,
+        IncompatibleError."""
         parsed = parse_ref(ref)
-        version = self.get_task(tenant, parsed.task).find(parsed.version)
+        task = self._usable_task(tenant, parsed)
+        if task.is_disabled:
+            raise DisabledError(f"task {parsed.name!r} is disabled")
+        return self._checked(task.choose(session) if parsed.version is None else task.find(parsed.version))
+
+    def _usable_task(self, tenant: str, ref: TaskRef) -> Task:
+        if ref.owner is None or ref.owner == tenant:
+            return self.get_task(tenant, ref.task)
+        if self._registry.is_shared(ref.owner, ref.task, tenant):
+            found = self._registry.get_task(ref.owner, ref.task)
+            if found is not None and found.is_shared_with(tenant):
+                return found
+        raise NotFoundError(f"no task {ref.name!r}")
+
+    def _checked(self, version: Version) -> Version:
         if not self.is_compatible(version):
             raise IncompatibleError(
                 f"version {version.version} of task {version.task!r} was stored for {version.base_model} "
@@ -152,7 +189,7 @@ class PrefixStore:
         return version.fingerprint == self._shape.fingerprint
 
     def get_task(self, tenant: str, task: str) -> Task:
-        """Raises NotFoundError."""
+        """The tenant's own. Raises NotFoundError."""
         found = self._registry.get_task(tenant, task) if is_task_name(task) else None
         if found is None:
             raise NotFoundError(f"no task {task[:80]!r}")
@@ -162,78 +199,108 @@ class PrefixStore:
         return self._registry.get_task(tenant, task) is not None
 
     def get_version(self, tenant: str, task: str, version: str) -> Version:
-        """As `resolve`, of whatever model. Raises NotFoundError."""
-        return self.get_task(tenant, task).find(_checked(task, version))
+        """The tenant's own, of whatever model. Raises NotFoundError."""
+        return self.get_task(tenant, task).find(_known_form(task, version))
 
     def list_tasks(self, tenant: str, limit: int = 100, after: str = "") -> list[Task]:
         return self._registry.list_tasks(tenant, limit, after)
 
+    def list_shared(self, tenant: str, limit: int = 1000, after: str = "") -> list[Task]:
+        """Other tenants' tasks that this one may use, by `owner/T`, from the first after `after`."""
+        return self._registry.list_shared(tenant, limit, after)
+
+    def stored(self, tenant: str) -> Stored:
+        """What counts towards the tenant's limits."""
+        return self._registry.stored(tenant)
+
     def activate(self, tenant: str, task: str, version: str, precondition: Precondition = ANY) -> Task:
-        """Point the task to a version; `previous` rolls back. Raises NotFoundError, PreconditionFailedError."""
-        self.get_task(tenant, task)
-        return self._registry.activate(tenant, task, _checked(task, version), precondition)
+        """Point the task to a version, and clear its weights; `previous` rolls back. Raises NotFoundError,
+        PreconditionFailedError."""
+        number = _known_form(task, version)
+        return self._change(tenant, task, task_changes.activate, version=number, precondition=precondition)
+
+    def set_weights(self, tenant: str, task: str, weights: Mapping[str, int], precondition: Precondition = ANY) -> Task:
+        """Divide the task's traffic between versions. Raises InvalidChangeError, NotFoundError,
+        PreconditionFailedError."""
+        wanted = {_known_form(task, version): weight for version, weight in weights.items()}
+        return self._change(tenant, task, task_changes.set_weights, weights=wanted, precondition=precondition)
 
     def set_pinned(self, tenant: str, task: str, is_pinned: bool) -> Task:
-        self.get_task(tenant, task)
-        return self._registry.set_pinned(tenant, task, is_pinned)
+        return self._change(tenant, task, task_changes.set_pinned, is_pinned=is_pinned)
+
+    def set_enabled(self, tenant: str, task: str, is_enabled: bool) -> Task:
+        """A task that is not enabled cannot be resolved. Raises NotFoundError."""
+        return self._change(tenant, task, task_changes.set_enabled, is_enabled=is_enabled)
+
+    def share(self, tenant: str, task: str, tenants: Iterable[str], precondition: Precondition = ANY) -> Task:
+        """Let exactly these tenants use the task, `*` everyone, none nobody. Raises NotFoundError, InvalidTenantError,
+        InvalidChangeError, PreconditionFailedError."""
+        return self._change(tenant, task, task_changes.share, tenants=tuple(tenants), precondition=precondition)
+
+    def quarantine(self, tenant: str, task: str, version: int) -> Task | None:
+        """Take a version out of service that failed at run time. None: it was quarantined before. Raises
+        NotFoundError."""
+        return self._change(tenant, task, task_changes.quarantine, version=version)
 
     def pinned_versions(self) -> list[Version]:
-        """The active versions of pinned tasks that this model can serve."""
-        active = [v for task in self._registry.pinned_tasks() for v in task.versions if v.version == task.active]
-        return [version for version in active if self.is_compatible(version)]
+        """The versions in service of pinned tasks that this model can serve."""
+        found = [version for task in self._registry.pinned_tasks() for version in task.in_service]
+        return [version for version in found if self.is_compatible(version)]
 
     def delete_version(self, tenant: str, task: str, version: str, precondition: Precondition = ANY) -> Version:
-        """Raises NotFoundError, ConflictError for the active one."""
-        self.get_task(tenant, task)
-        gone = self._registry.delete_version(tenant, task, _checked(task, version), precondition)
-        self._release([gone])
+        """Raises NotFoundError, PreconditionFailedError, ConflictError for one in service or in an ensemble."""
+        number = _known_form(task, version)
+        gone = self._change(tenant, task, task_changes.delete_version, version=number, precondition=precondition)
+        self._drop_unused(tenant, {gone.digest})
         return gone
 
     def delete_task(self, tenant: str, task: str, precondition: Precondition = ANY) -> Task:
-        """All its versions go. Raises NotFoundError."""
-        self.get_task(tenant, task)
-        gone = self._registry.delete_task(tenant, task, precondition)
-        self._release(list(gone.versions))
+        """All its versions go. Raises NotFoundError, PreconditionFailedError, ConflictError."""
+        gone = self._change(tenant, task, task_changes.delete_task, precondition=precondition)
+        self._drop_unused(tenant, {version.digest for version in gone.versions})
         return gone
 
-    def has_file(self, digest: str) -> bool:
-        """Whether any version of any task still refers to this content."""
-        return self._blobs.exists(digest)
+    def delete_tenant(self, name: str) -> list[Version]:
+        """The tenant goes with its keys, tasks and files; the versions that it had. Raises NotFoundError,
+        InvalidTenantError, ConflictError for `default`."""
+        gone = self._registry.delete_tenant(name)
+        self._drop_unused(name, {version.digest for version in gone})
+        return gone
+
+    def has_file(self, tenant: str, digest: str) -> bool:
+        """Whether any version of any of the tenant's tasks still refers to this content."""
+        return self._blobs.exists(tenant, digest)
 
     def file_bytes(self, version: Version) -> bytes:
         """The native file. Raises DamagedBlobError, NotFoundError for an ensemble."""
         if isinstance(version.content, Ensemble):
             raise NotFoundError(f"{version.task}@{version.version} is an ensemble: its members have files, it has none")
-        return self._blobs.get(version.digest)
+        return self._blobs.get(version.tenant, version.digest)
 
-    def load(self, digest: str) -> Prefix:
-        """The source form, from host memory or the blob. Raises DamagedBlobError, InvalidArtefactError."""
-        with self._lock:
-            found = self._loaded.get(digest)
-            if found is not None:
-                self._loaded.move_to_end(digest)
-                return found
-        prefix = read_native(self._blobs.get(digest), self._shape)
-        with self._lock:
-            if digest not in self._loaded:
-                self._loaded[digest] = prefix
-                self._loaded_bytes += prefix.num_bytes
-            while self._loaded_bytes > self._max_host_bytes:
-                self._loaded_bytes -= self._loaded.popitem(last=False)[1].num_bytes
-        return prefix
+    def load(self, tenant: str, digest: str) -> Prefix:
+        """The source form of a tenant's own content, from host memory or the blob. Raises DamagedBlobError,
+        InvalidArtefactError."""
+        found = self._loaded.get(tenant, digest)
+        if found is None:
+            found = read_native(self._blobs.get(tenant, digest), self._shape)
+            self._loaded.put(tenant, digest, found)
+        return found
 
     def close(self) -> None:
         self._registry.close()
 
-    def _release(self, versions: list[Version]) -> None:
-        digests = {version.digest for version in versions}
-        with self._lock:
-            for digest in digests & set(self._loaded):
-                self._loaded_bytes -= self._loaded.pop(digest).num_bytes
-        self._registry.release_unused(digests, self._blobs.delete)
+    def _change(self, tenant: str, task: str, decide: Callable[..., T], **given: object) -> T:
+        """Of a task that is there. Raises NotFoundError."""
+        self.get_task(tenant, task)
+        return self._registry.change(tenant, partial(decide, name=task, **given))
+
+    def _drop_unused(self, tenant: str, digests: set[str]) -> None:
+        for digest in digests:
+            self._loaded.drop(tenant, digest)
+        self._registry.release_unused(tenant, digests, partial(self._blobs.delete, tenant))
 
 
-def _checked(task: str, version: str) -> str:
+def _known_form(task: str, version: str) -> str:
     if not is_version(version):
         raise NotFoundError(f"no version {version[:80]!r} of task {task!r}")
     return version

@@ -1,31 +1,26 @@
-"""The registry's contract where versions are ensembles, and files of its first schema.
+"""The registry's contract where versions are ensembles, and where several write at once.
 
 One class for every registry: a test that another one fails is the contract broken.
 """
 
 from __future__ import annotations
 
-import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 
 from prefix_store.blobs import Blobs
 from prefix_store.ensemble import Ensemble, Member
-from prefix_store.errors import ConflictError, IncompatibleError, InvalidArtefactError, NotFoundError
-from prefix_store.native_format import write_native
-from prefix_store.prefix import Layout, ModelShape, Prefix
-from prefix_store.registry import ANY, NewVersion, Registry
-from prefix_store.sqlite_registry import SqliteRegistry
-from prefix_store.store import PrefixStore, Published
+from prefix_store.errors import ConflictError, InvalidArtefactError, NotFoundError, PreconditionFailedError
+from prefix_store.prefix import Layout
+from prefix_store.registry import Registry
+from prefix_store.store import PrefixStore
+from prefix_store.task import Precondition
+from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, Open, add, ensemble, new_version, publish
 
-HEADS, DIM, HIDDEN = 2, 8, 32
-SHAPE = ModelShape(2, HEADS, DIM, HIDDEN, 100, 512, torch.float32, "tiny", "f" * 64)
-OURS, THEIRS = "ours", "theirs"
 CONTENTS = (
     Layout("kv", num_decoder_tokens=20),
     Layout("kv", "infix", separator=0, num_decoder_tokens=3),
@@ -35,41 +30,23 @@ CONTENTS = (
 )
 
 
-@pytest.fixture(params=[SqliteRegistry])
-def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registry]:
-    opened: Registry = request.param(tmp_path / "registry.sqlite")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def store(registry: Registry, tmp_path: Path) -> PrefixStore:
-    return PrefixStore(registry, Blobs(tmp_path / "blobs"), SHAPE)
-
-
-def publish(store: PrefixStore, task: str, seed: int = 0, n: int = 4, tenant: str = OURS) -> Published:
-    table = torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(seed))
-    return store.publish(tenant, task, Prefix("soft", embeddings=table), base="unverified")
-
-
-def ensemble(store: PrefixStore, task: str, *members: str, rule: str = "mean_probs", tenant: str = OURS) -> Published:
-    return store.publish_ensemble(tenant, task, store.make_ensemble(tenant, members, rule))
-
-
 def members_of(store: PrefixStore, ref: str) -> list[str]:
     content = store.resolve(OURS, ref).content
     assert isinstance(content, Ensemble)
     return [str(member) for member in content.members]
 
 
-def new_version(digest: str, content: Layout | Ensemble) -> NewVersion:
-    return NewVersion(digest, content, 10, "verified", "tiny", "f" * 64, "")
+def together(*works: threading.Thread) -> None:
+    for work in works:
+        work.start()
+    for work in works:
+        work.join()
 
 
 class TestContract:
     @pytest.mark.parametrize("content", CONTENTS)
     def test_layout_is_kept(self, registry: Registry, content: Layout) -> None:
-        _, made, _ = registry.add_version(OURS, "t", new_version("a" * 64, content), None, ANY, lambda: None)
+        made = add(registry, "t", new_version("a" * 64, content)).version
         task = registry.get_task(OURS, "t")
         assert task is not None
         assert task.versions == (made,)
@@ -79,14 +56,14 @@ class TestContract:
     def test_ensemble_is_kept_with_the_layouts_of_its_members(self, registry: Registry) -> None:
         members = []
         for i, content in enumerate(CONTENTS):
-            digest = f"{i:064x}"
-            _, made, _ = registry.add_version(OURS, f"t{i}", new_version(digest, content), None, ANY, lambda: None)
+            made = add(registry, f"t{i}", new_version(f"{i:064x}", content)).version
             members.append(Member(made.task, made.version, made.digest, made.content))  # type: ignore[arg-type]
         whole = Ensemble(tuple(members), "vote")
-        _, made, is_new = registry.add_version(OURS, "e", new_version(whole.digest, whole), None, ANY, lambda: None)
+        published = add(registry, "e", new_version(whole.digest, whole))
+        made = published.version
         task = registry.get_task(OURS, "e")
         assert task is not None
-        assert is_new
+        assert published.is_new
         assert task.versions[0].content == made.content == whole
         assert (made.kind, made.num_virtual_tokens) == ("ensemble", 20 + 3 + 4 + 9 + 3)
 
@@ -165,10 +142,10 @@ class TestContract:
         with pytest.raises(ConflictError):
             store.delete_version(OURS, "a", "1")
         store.sweep()
-        assert store.has_file(one.digest)
+        assert store.has_file(OURS, one.digest)
         store.delete_task(OURS, "e")
         store.delete_version(OURS, "a", "1")
-        assert not store.has_file(one.digest)
+        assert not store.has_file(OURS, one.digest)
 
     def test_member_that_goes_before_publishing_is_refused(self, store: PrefixStore) -> None:
         publish(store, "a", 1)
@@ -230,88 +207,112 @@ class TestContract:
                 if store.has_task(OURS, task):
                     store.delete_task(OURS, task)
 
+    def test_revisions_and_numbers_are_never_used_again(self, store: PrefixStore) -> None:
+        seen: list[int] = []
+        for _ in range(3):
+            seen.append(publish(store, "t", 1).task.revision)
+            seen.append(publish(store, "t", 2).task.revision)
+            seen.append(store.activate(OURS, "t", "1").revision)
+            assert store.activate(OURS, "t", "1").revision == seen[-1]
+            seen.append(store.set_pinned(OURS, "t", True).revision)
+            assert store.set_pinned(OURS, "t", True).revision == seen[-1]
+            store.delete_version(OURS, "t", "2")
+            assert publish(store, "t", 2).version.version == 3
+            store.delete_task(OURS, "t")
+        assert seen == sorted(set(seen))
+        assert publish(store, "t", tenant=THEIRS).task.revision == 1
 
-# What the first schema's file was made with, and what it held.
+    def test_preconditions_hold(self, store: PrefixStore) -> None:
+        revision = publish(store, "t", 1).task.revision
+        old = Precondition(frozenset({str(revision)}))
+        digest = publish(store, "t", 2).version.digest
+        for refused in (
+            lambda: store.activate(OURS, "t", "1", old),
+            lambda: store.set_weights(OURS, "t", {"1": 1}, old),
+            lambda: store.share(OURS, "t", ["*"], old),
+            lambda: store.delete_task(OURS, "t", old),
+            lambda: store.delete_version(OURS, "t", "1", Precondition(frozenset({digest}))),
+        ):
+            with pytest.raises(PreconditionFailedError):
+                refused()
+        now = store.get_task(OURS, "t").revision
+        assert store.activate(OURS, "t", "1", Precondition(frozenset({str(now)}))).active == 1
 
-SCHEMA_1 = """
-CREATE TABLE revisions (tenant TEXT PRIMARY KEY, revision INTEGER NOT NULL);
-CREATE TABLE tasks (
-    tenant TEXT NOT NULL, name TEXT NOT NULL, revision INTEGER NOT NULL, last_version INTEGER NOT NULL,
-    active INTEGER, previous INTEGER, is_pinned INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (tenant, name)) WITHOUT ROWID;
-CREATE TABLE versions (
-    tenant TEXT NOT NULL, task TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, kind TEXT NOT NULL,
-    num_virtual_tokens INTEGER NOT NULL, num_bytes INTEGER NOT NULL, base TEXT NOT NULL, base_model TEXT NOT NULL,
-    fingerprint TEXT NOT NULL, note TEXT NOT NULL, created_at_s REAL NOT NULL,
-    PRIMARY KEY (tenant, task, version),
-    FOREIGN KEY (tenant, task) REFERENCES tasks (tenant, name) ON DELETE CASCADE) WITHOUT ROWID;
-CREATE INDEX versions_by_digest ON versions (digest);
-CREATE INDEX pinned_tasks ON tasks (tenant, name) WHERE is_pinned = 1;
-PRAGMA user_version = 1;
-"""
+    def test_tasks_are_listed_by_name_and_page(self, store: PrefixStore) -> None:
+        names = ["b", "a.b", "a", "a-b", "a_b", "0", "ab"]
+        for name in names:
+            publish(store, name)
+            publish(store, name, tenant=THEIRS)
+        listed: list[str] = []
+        while page := store.list_tasks(OURS, 2, listed[-1] if listed else ""):
+            listed += [task.name for task in page]
+        assert listed == sorted(names)
+        store.delete_task(OURS, "ab")
+        assert [task.name for task in store.list_tasks(OURS)] == sorted(set(names) - {"ab"})
 
+    def test_pinned_tasks_of_all_tenants_are_found(self, store: PrefixStore, registry: Registry) -> None:
+        for tenant in (THEIRS, OURS):
+            for name in ("b", "a", "c"):
+                publish(store, name, tenant=tenant)
+                store.set_pinned(tenant, name, name != "c")
+        store.set_pinned(OURS, "a", False)
+        store.delete_task(THEIRS, "b")
+        assert [(task.tenant, task.name) for task in registry.pinned_tasks()] == [(OURS, "b"), (THEIRS, "a")]
+        assert [version.task for version in store.pinned_versions()] == ["b", "a"]
 
-def make_schema_1(path: Path, blobs: Blobs) -> dict[tuple[str, str, int], tuple[str, Layout]]:
-    """By hand: two tenants, three tasks, six versions of both kinds, one of them of another model."""
-    db = sqlite3.connect(path, isolation_level=None)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.executescript(SCHEMA_1)
-    db.execute("INSERT INTO revisions VALUES ('ours', 9), ('theirs', 2)")
-    db.execute("INSERT INTO tasks VALUES ('ours', 'films', 9, 4, 3, 1, 1), ('ours', 'songs', 6, 1, 1, NULL, 0)")
-    db.execute("INSERT INTO tasks VALUES ('theirs', 'films', 2, 1, 1, NULL, 0)")
-    wanted = [(OURS, "films", 1, "kv", 3), (OURS, "films", 2, "soft", 5), (OURS, "films", 3, "kv", 20)]
-    wanted += [(OURS, "films", 4, "kv", 7), (OURS, "songs", 1, "soft", 1), (THEIRS, "films", 1, "kv", 64)]
-    found = {}
-    for tenant, task, version, kind, n in wanted:
-        tensors = torch.randn(2, 2, HEADS, n, DIM, generator=torch.Generator().manual_seed(version))
-        prefix = Prefix("kv", {i: (tensors[i, 0], tensors[i, 1]) for i in range(2)}, base_model="tiny")
-        if kind == "soft":
-            prefix = Prefix("soft", embeddings=torch.full((n, HIDDEN), float(version)), base_model="tiny")
-        body = write_native(prefix)
-        digest = blobs.put(body)
-        fingerprint = ("0" if version == 4 else "f") * 64
-        row = (tenant, task, version, digest, kind, n, len(body), "verified", "tiny", fingerprint, "note", 1.5)
-        db.execute(f"INSERT INTO versions VALUES ({', '.join('?' * len(row))})", row)
-        found[tenant, task, version] = (digest, prefix.layout)
-    db.close()
-    return found
+    def test_change_that_raises_leaves_everything_as_it_was(self, registry: Registry) -> None:
+        before = add(registry, "t", new_version("a" * 64, CONTENTS[0])).task
 
+        def fail(draft: object) -> None:
+            draft.remove("t")  # type: ignore[attr-defined]
+            raise ConflictError("no")
 
-def test_file_of_the_first_schema_keeps_every_version(tmp_path: Path) -> None:
-    path, blobs = tmp_path / "registry.sqlite", Blobs(tmp_path / "blobs")
-    expected = make_schema_1(path, blobs)
-    for _ in range(2):  # the second time it is of this schema
-        store = PrefixStore(SqliteRegistry(path), blobs, SHAPE)
-        store.sweep()
-        films = store.get_task(OURS, "films")
-        assert (films.revision, films.active, films.previous, films.is_pinned) == (9, 3, 1, True)
-        tasks = [task for tenant in (OURS, THEIRS) for task in store.list_tasks(tenant)]
-        listed = {(v.tenant, v.task, v.version): v for task in tasks for v in task.versions}
-        assert {key: (v.digest, v.content) for key, v in listed.items()} == expected
-        for version in listed.values():
-            assert (version.note, version.created_at_s, version.base) == ("note", 1.5, "verified")
-            assert store.load(version.digest).layout == version.content
-            assert len(store.file_bytes(version)) == version.num_bytes
-        with pytest.raises(IncompatibleError):
-            store.resolve(OURS, "films@4")
-        assert [v.version for v in store.pinned_versions()] == [3]
-        store.close()
-    store = PrefixStore(SqliteRegistry(path), blobs, SHAPE)
-    made = ensemble(store, "both", "films@1", "films@2", "songs")
-    assert made.task.revision == 11
-    assert made.version.num_virtual_tokens == 3 + 5 + 1
-    with pytest.raises(ConflictError, match="is a member of both@1"):
-        store.delete_version(OURS, "films", "1")
-    assert publish(store, "films", 5).version.version == 5
-    store.delete_task(THEIRS, "films")
-    store.close()
+        with pytest.raises(ConflictError, match="no"):
+            registry.change(OURS, fail)
+        assert registry.get_task(OURS, "t") == before
+        assert registry.stored(OURS).num_versions == 1
 
+    def test_two_writers_lose_nothing(self, open_registry: Open, tmp_path: Path) -> None:
+        stores = [PrefixStore(open_registry(), Blobs(tmp_path / "blobs"), SHAPE) for _ in range(3)]
+        found: list[tuple[int, int]] = []
 
-def test_file_of_a_later_schema_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "registry.sqlite"
-    SqliteRegistry(path).close()
-    db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 3")
-    db.close()
-    with pytest.raises(ConflictError, match="expected a registry of schema 2, got 3"):
-        SqliteRegistry(path)
+        def write(store: PrefixStore, seeds: Iterable[int]) -> None:
+            for seed in seeds:
+                made = publish(store, "t", seed)
+                found.append((made.version.version, made.task.revision))
+                store.set_pinned(OURS, "t", seed % 2 == 0)
+
+        together(*(threading.Thread(target=write, args=(store, range(i, 45, 3))) for i, store in enumerate(stores)))
+        numbers, revisions = zip(*sorted(found), strict=True)
+        assert numbers == tuple(range(1, 46))
+        assert len(set(revisions)) == 45
+        assert [version.version for version in stores[0].get_task(OURS, "t").versions] == list(numbers)
+        assert stores[0].stored(OURS).num_versions == 45
+
+    def test_file_of_a_version_is_there_whoever_deletes_the_same_content(
+        self, open_registry: Open, tmp_path: Path
+    ) -> None:
+        registries = [open_registry() for _ in range(2)]
+        for registry in registries:
+            registry.max_upload_s = 60.0  # a sweep leaves the parts of those who write meanwhile
+        stores = [PrefixStore(registry, Blobs(tmp_path / "blobs"), SHAPE) for registry in registries]
+        missing: list[str] = []
+
+        def churn(store: PrefixStore, task: str) -> None:
+            for _ in range(60):
+                digest = publish(store, task, seed=7).version.digest
+                if not store.has_file(OURS, digest):
+                    missing.append(task)
+                store.delete_task(OURS, task)
+
+        def sweep(store: PrefixStore) -> None:
+            for _ in range(30):
+                store.sweep()
+
+        together(
+            *(threading.Thread(target=churn, args=(stores[i % 2], f"t{i}")) for i in range(4)),
+            threading.Thread(target=sweep, args=(stores[1],)),
+        )
+        assert missing == []
+        stores[0].sweep()
+        assert Blobs(tmp_path / "blobs").digests() == {}

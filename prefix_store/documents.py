@@ -1,0 +1,62 @@
+"""What the registries keep, as JSON: one document a task, with its versions; one a tenant, with its keys."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from prefix_store.audit import AuditEntry
+from prefix_store.ensemble import Ensemble, Member
+from prefix_store.prefix import Layout
+from prefix_store.task import Task, Version
+from prefix_store.tenants import Key, Limits, Tenant
+
+
+def write_task(task: Task) -> str:
+    fields = asdict(task)
+    for version in fields["versions"]:
+        del version["tenant"], version["task"]
+    return _write(fields)
+
+
+def read_task(document: str) -> Task:
+    fields = json.loads(document)
+    named = {"tenant": fields["tenant"], "task": fields["name"]}
+    fields["versions"] = tuple(
+        Version(**named | version | {"content": read_content(version["content"])}) for version in fields["versions"]
+    )
+    fields["weights"] = tuple((version, weight) for version, weight in fields["weights"])
+    for name in ("shared_with", "quarantined"):
+        fields[name] = tuple(fields[name])
+    return Task(**fields)
+
+
+def read_content(fields: dict[str, Any]) -> Layout | Ensemble:
+    if "members" not in fields:
+        return Layout(**fields)
+    members = [Member(**member | {"content": Layout(**member["content"])}) for member in fields["members"]]
+    return Ensemble(tuple(members), fields["rule"])
+
+
+def write_tenant(tenant: Tenant) -> str:
+    return _write(asdict(tenant))
+
+
+def read_tenant(document: str) -> Tenant:
+    fields = json.loads(document)
+    keys = (key | {"scopes": tuple(key["scopes"]), "tasks": tuple(key["tasks"])} for key in fields["keys"])
+    return Tenant(**fields | {"limits": Limits(**fields["limits"]), "keys": tuple(Key(**key) for key in keys)})
+
+
+def write_audit(entry: AuditEntry) -> str:
+    """Without its number, which the registry gives."""
+    return _write({name: value for name, value in vars(entry).items() if name != "number"})
+
+
+def read_audit(number: int, document: str) -> AuditEntry:
+    return AuditEntry(**json.loads(document), number=number)
+
+
+def _write(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"))

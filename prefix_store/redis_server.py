@@ -1,0 +1,73 @@
+"""One Redis server: its connections, what its errors mean, and whose data it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from prefix_store import redis_keys as keys
+from prefix_store.errors import ConflictError, StorageFullError, UnavailableError
+
+SCHEMA_VERSION = 1
+CONNECT_S = 2.0
+TIMEOUT_S = 3.0
+UNAVAILABLE = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.NoPermissionError,
+)
+
+
+class RedisServer:
+    """`url` is `redis://…` or, with TLS, `rediss://…`, a password in it. Nothing is sent before the first call. May be
+    used from any thread.
+
+    Nothing is sent twice: a script whose answer got lost may have run.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
+        try:
+            self._client: Any = redis.Redis.from_url(
+                url,
+                decode_responses=True,
+                protocol=2,
+                retry=Retry(NoBackoff(), 0),
+                socket_connect_timeout=min(CONNECT_S, timeout_s),
+                socket_timeout=timeout_s,
+            )
+        except ValueError as error:
+            raise UnavailableError(f"expected a URL as rediss://:PASSWORD@HOST:PORT/0, but: {error}") from error
+        self._is_checked = False
+
+    @contextmanager
+    def answering(self) -> Iterator[Any]:
+        """The client. Raises UnavailableError where the server cannot be reached, StorageFullError where it has no
+        room, ConflictError where its data is of another schema."""
+        try:
+            if not self._is_checked:
+                self._client.set(keys.SCHEMA, SCHEMA_VERSION, nx=True)
+                found = self._client.get(keys.SCHEMA)
+                if found != str(SCHEMA_VERSION):
+                    raise ConflictError(f"expected a registry of schema {SCHEMA_VERSION} in Redis, got {found}")
+                self._is_checked = True
+            yield self._client
+        except UNAVAILABLE as error:
+            raise UnavailableError(f"the registry in Redis cannot be reached: {error}") from error
+        except redis.ResponseError as error:
+            if isinstance(error, redis.OutOfMemoryError) or str(error).startswith("MISCONF"):
+                raise StorageFullError(f"the registry in Redis cannot store more: {error}") from error
+            raise
+
+    def script(self, text: str) -> Any:
+        """To be called with `keys`, `args` and the `client` that answers."""
+        return self._client.register_script(text)
+
+    def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,108 @@
+"""The embedded registry's tenants, audit and usage."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from prefix_store.audit import AuditEntry
+from prefix_store.buckets import Taken, TokenBuckets
+from prefix_store.documents import read_audit, read_tenant, write_audit, write_tenant
+from prefix_store.sqlite_file import SqliteFile
+from prefix_store.tenants import Tenant
+from prefix_store.usage import COUNTS, Usage
+
+USAGE = f"day, tenant, task, version, {', '.join(COUNTS)}"
+ADD_USAGE = (
+    f"INSERT INTO usage ({USAGE}) VALUES ({', '.join('?' * (4 + len(COUNTS)))}) "
+    f"ON CONFLICT (day, tenant, task, version) DO UPDATE SET {', '.join(f'{n} = {n} + excluded.{n}' for n in COUNTS)}"
+)
+
+
+class SqliteAccounts:
+    """Implements these methods of `Registry`. Buckets are the process's own: one server has the file."""
+
+    def __init__(self, file: SqliteFile) -> None:
+        self._file = file
+        self._buckets = TokenBuckets()
+
+    def get_tenant(self, name: str) -> Tenant | None:
+        with self._file.snapshot() as db:
+            return _tenant(db, name)
+
+    def list_tenants(self) -> list[Tenant]:
+        with self._file.snapshot() as db:
+            rows = db.execute("SELECT document FROM tenants ORDER BY name").fetchall()
+        return [read_tenant(document) for (document,) in rows]
+
+    def update_tenant(self, name: str, change: Callable[[Tenant | None], Tenant | None]) -> Tenant | None:
+        with self._file.transaction() as db:
+            before = _tenant(db, name)
+            after = change(before)
+            if after == before:
+                return before
+            revision = _revision(db) + 1
+            db.execute("UPDATE tenants_revision SET revision = ?", (revision,))
+            if after is None:
+                db.execute("DELETE FROM tenants WHERE name = ?", (name,))
+                return None
+            after = replace(after, revision=revision)
+            db.execute("INSERT OR REPLACE INTO tenants VALUES (?, ?)", (name, write_tenant(after)))
+            return after
+
+    def tenants_revision(self) -> int:
+        with self._file.snapshot() as db:
+            return _revision(db)
+
+    def append_audit(self, entry: AuditEntry) -> AuditEntry:
+        with self._file.transaction() as db:
+            row = (entry.tenant, write_audit(entry))
+            number = db.execute("INSERT INTO audit (tenant, document) VALUES (?, ?)", row).lastrowid
+        assert number is not None
+        return replace(entry, number=number)
+
+    def list_audit(self, tenant: str | None, limit: int, before: int | None) -> list[AuditEntry]:
+        wanted = "number < coalesce(?, 9223372036854775807)" + (" AND tenant = ?" if tenant is not None else "")
+        given = (before, limit) if tenant is None else (before, tenant, limit)
+        with self._file.snapshot() as db:
+            rows = db.execute(
+                f"SELECT number, document FROM audit WHERE {wanted} ORDER BY number DESC LIMIT ?", given
+            ).fetchall()
+        return [read_audit(number, document) for number, document in rows]
+
+    def add_usage(self, rows: Iterable[Usage]) -> None:
+        values = [(*row.key, *(getattr(row, name) for name in COUNTS)) for row in rows]
+        with self._file.transaction() as db:
+            db.executemany(ADD_USAGE, values)
+
+    def usage(self, tenant: str | None, first_day: str, last_day: str) -> list[Usage]:
+        with self._file.snapshot() as db:
+            rows = db.execute(
+                f"SELECT {USAGE} FROM usage WHERE day BETWEEN ? AND ? AND tenant = coalesce(?, tenant) "
+                "ORDER BY day, tenant, task, version",
+                (first_day, last_day, tenant),
+            ).fetchall()
+        return [Usage(*row) for row in rows]
+
+    def take(
+        self,
+        tenant: str,
+        bucket: str,
+        amount: float,
+        capacity: float,
+        per_s: float,
+        now: float,
+        *,
+        may_owe: bool = False,
+    ) -> Taken:
+        return self._buckets.take(tenant, bucket, amount, capacity, per_s, now, may_owe=may_owe)
+
+
+def _tenant(db: sqlite3.Connection, name: str) -> Tenant | None:
+    row = db.execute("SELECT document FROM tenants WHERE name = ?", (name,)).fetchone()
+    return None if row is None else read_tenant(row[0])
+
+
+def _revision(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT revision FROM tenants_revision").fetchone()[0])

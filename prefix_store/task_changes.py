@@ -1,0 +1,223 @@
+"""What may be changed about tasks, decided on a draft: the same for every registry.
+
+Each function may be called again on a later draft, so none does anything but read and write its draft. A change that
+leaves a task as it was writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from prefix_store.draft import Draft
+from prefix_store.ensemble import Ensemble
+from prefix_store.errors import (
+    ArtefactTooLargeError,
+    ConflictError,
+    InvalidChangeError,
+    NotFoundError,
+    QuotaError,
+)
+from prefix_store.task import EVERYONE, NewVersion, Precondition, Task, Version
+from prefix_store.tenants import Limits, check_tenant_name
+
+MAX_WEIGHTS = 4
+MAX_WEIGHT = 1_000_000
+MAX_SHARES = 256
+
+
+@dataclass(frozen=True)
+class Published:
+    """What an upload became. `is_new` False: the task had this content already."""
+
+    task: Task
+    version: Version
+    is_new: bool
+
+
+def add_version(
+    draft: Draft,
+    name: str,
+    new: NewVersion,
+    *,
+    activate: bool | None,
+    precondition: Precondition,
+    limits: Limits | None,
+    now_s: float,
+) -> Published:
+    """`activate` None: it goes live unless weights are set. Raises PreconditionFailedError, NotFoundError for an
+    ensemble whose members are not all there, QuotaError and ArtefactTooLargeError beyond the limits."""
+    task = draft.get(name)
+    precondition.check(None if task is None else str(task.revision))
+    if task is None:
+        task = Task(draft.tenant, name, 0, None, None, False, ())
+    known = next((version for version in task.versions if version.digest == new.digest), None)
+    if known is not None:
+        return Published(_point(draft, task, known.version) if activate else task, known, False)
+    _check_limits(draft, new, limits)
+    for member in new.content.members if isinstance(new.content, Ensemble) else ():
+        if draft.present(member.task).find(str(member.version)).digest != member.digest:
+            raise NotFoundError(f"no version {member} any more: it was deleted and made anew")
+    version = Version(**vars(new), tenant=draft.tenant, task=name, version=task.last_version + 1, created_at_s=now_s)
+    task = replace(task, versions=(*task.versions, version), last_version=version.version)
+    is_live = activate or (activate is None and not task.weights)
+    return Published(_point(draft, task, version.version) if is_live else draft.put(task), version, True)
+
+
+def activate(draft: Draft, name: str, version: str, precondition: Precondition) -> Task:
+    """All traffic goes to this version, were it weighted or quarantined before. Raises NotFoundError,
+    PreconditionFailedError."""
+    task = _checked(draft, name, precondition)
+    return _point(draft, task, task.find(version).version)
+
+
+def set_weights(draft: Draft, name: str, weights: Mapping[str, int], precondition: Precondition) -> Task:
+    """Traffic by weights. An active version without one gives its place to the heaviest. Raises InvalidChangeError,
+    NotFoundError, PreconditionFailedError."""
+    if not 1 <= len(weights) <= MAX_WEIGHTS:
+        raise InvalidChangeError(f"weights must name 1 to {MAX_WEIGHTS} versions, got {len(weights)}")
+    for version, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT:
+            raise InvalidChangeError(f"weights must be 1 to {MAX_WEIGHT}, got {weight!r} for {version[:80]!r}")
+    task = _checked(draft, name, precondition)
+    found = {task.find(version).version: weight for version, weight in weights.items()}
+    if len(found) < len(weights):
+        raise InvalidChangeError(f"weights must name each version once, got {', '.join(sorted(weights))[:200]}")
+    changed = replace(
+        task,
+        weights=tuple(sorted(found.items())),
+        quarantined=tuple(number for number in task.quarantined if number not in found),
+    )
+    return _put(draft, task, _with_weighted_active(changed))
+
+
+def set_pinned(draft: Draft, name: str, is_pinned: bool) -> Task:
+    task = draft.present(name)
+    return _put(draft, task, replace(task, is_pinned=is_pinned))
+
+
+def set_enabled(draft: Draft, name: str, is_enabled: bool) -> Task:
+    task = draft.present(name)
+    return _put(draft, task, replace(task, is_disabled=not is_enabled))
+
+
+def share(draft: Draft, name: str, tenants: Iterable[str], precondition: Precondition) -> Task:
+    """Exactly these may use it. Raises InvalidTenantError, InvalidChangeError, NotFoundError,
+    PreconditionFailedError."""
+    wanted = sorted({each if each == EVERYONE else check_tenant_name(each) for each in tenants} - {draft.tenant})
+    if len(wanted) > MAX_SHARES:
+        raise InvalidChangeError(f"a task is shared with <= {MAX_SHARES} tenants, or with *, got {len(wanted)}")
+    task = _checked(draft, name, precondition)
+    return _put(draft, task, replace(task, shared_with=tuple(wanted)))
+
+
+def quarantine(draft: Draft, name: str, version: int) -> Task | None:
+    """Take a version that failed out of service: its traffic goes to the remaining weights, else to the previous
+    version. It stays in service where there is neither. None: it was quarantined before. Raises NotFoundError."""
+    task = draft.present(name)
+    failed = task.find(str(version))
+    if version in task.quarantined:
+        return None
+    changed = replace(task, quarantined=(*task.quarantined, version))
+    weights = tuple((number, weight) for number, weight in task.weights if number != version)
+    if weights:
+        changed = _with_weighted_active(replace(changed, weights=weights))
+    elif version == task.active and _can_replace(task, failed, task.previous):
+        changed = replace(changed, active=task.previous, previous=version, weights=())
+    return draft.put(changed)
+
+
+def delete_version(draft: Draft, name: str, version: str, precondition: Precondition) -> Version:
+    """Raises NotFoundError, PreconditionFailedError; ConflictError for one in service and for a member of an ensemble,
+    naming the ensemble."""
+    task = draft.present(name)
+    gone = task.find(version)
+    precondition.check(gone.digest)
+    number = gone.version
+    if number == task.active:
+        raise ConflictError(f"version {number} of task {name!r} is active; activate another or delete the task")
+    if number in dict(task.weights):
+        raise ConflictError(f"version {number} of task {name!r} has a weight; take it from the weights first")
+    _refuse_member(draft, name, number)
+    draft.put(
+        replace(
+            task,
+            versions=tuple(each for each in task.versions if each is not gone),
+            previous=None if task.previous == number else task.previous,
+            quarantined=tuple(each for each in task.quarantined if each != number),
+        )
+    )
+    return gone
+
+
+def delete_task(draft: Draft, name: str, precondition: Precondition) -> Task:
+    """The task as it was. Raises NotFoundError, PreconditionFailedError; ConflictError where another task's ensemble
+    has one of its versions."""
+    task = _checked(draft, name, precondition)
+    for version in task.versions:
+        _refuse_member(draft, name, version.version, but_of=name)
+    draft.remove(name)
+    return task
+
+
+def delete_all(draft: Draft) -> list[Task]:
+    """The tenant's tasks as they were; members and ensembles go together."""
+    gone = [draft.present(name) for name in draft.names()]
+    for task in gone:
+        draft.remove(task.name)
+    return gone
+
+
+def _checked(draft: Draft, name: str, precondition: Precondition) -> Task:
+    task = draft.present(name)
+    precondition.check(str(task.revision))
+    return task
+
+
+def _put(draft: Draft, before: Task, after: Task) -> Task:
+    return before if after == before else draft.put(after)
+
+
+def _point(draft: Draft, task: Task, version: int) -> Task:
+    changed = replace(task, weights=(), quarantined=tuple(each for each in task.quarantined if each != version))
+    if version != task.active:
+        changed = replace(changed, active=version, previous=task.active)
+    return _put(draft, draft.get(task.name) or task, changed)
+
+
+def _with_weighted_active(task: Task) -> Task:
+    if task.active in dict(task.weights):
+        return task
+    heaviest = max(task.weights, key=lambda pair: (pair[1], -pair[0]))[0]
+    return replace(task, active=heaviest, previous=task.active)
+
+
+def _can_replace(task: Task, failed: Version, number: int | None) -> bool:
+    found = next((version for version in task.versions if version.version == number), None)
+    return found is not None and number not in task.quarantined and found.fingerprint == failed.fingerprint
+
+
+def _refuse_member(draft: Draft, name: str, version: int, but_of: str = "") -> None:
+    """Raises ConflictError naming the ensembles that have this version, those of the task `but_of` apart."""
+    users = [user for user in draft.users(name, version) if user.partition("@")[0] != but_of]
+    if users:
+        raise ConflictError(f"version {version} of task {name!r} is a member of {', '.join(users)}; delete that first")
+
+
+def _check_limits(draft: Draft, new: NewVersion, limits: Limits | None) -> None:
+    if limits is None:
+        return
+    most = limits.max_virtual_tokens
+    if most is not None and not isinstance(new.content, Ensemble) and new.num_virtual_tokens > most:
+        raise ArtefactTooLargeError(f"max_virtual_tokens of this tenant is {most}, got {new.num_virtual_tokens}")
+    if limits.max_prefixes is not None and draft.stored.num_versions >= limits.max_prefixes:
+        raise QuotaError(
+            f"max_prefixes of this tenant is {limits.max_prefixes}, it stores {draft.stored.num_versions}; "
+            "delete a version first"
+        )
+    room = limits.max_stored_bytes
+    if room is not None and draft.stored.num_bytes + new.num_bytes > room:
+        raise QuotaError(
+            f"max_stored_bytes of this tenant is {room}, it stores {draft.stored.num_bytes} and the file has "
+            f"{new.num_bytes}"
+        )

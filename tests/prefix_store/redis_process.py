@@ -1,0 +1,69 @@
+"""A real redis-server on a free port, its files in a folder, every write on the disk before it is answered."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+
+class RedisProcess:
+    """Started, killed and started again on the same port with the same files."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        program = shutil.which("redis-server")
+        assert program is not None, "the tests need redis-server: make test installs it"
+        options = {"port": self._port, "bind": "127.0.0.1", "dir": self._folder, "save": "", "loglevel": "warning"}
+        options |= {"appendonly": "yes", "appendfsync": "always", "auto-aof-rewrite-percentage": 0}
+        command = [program, *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline_s = time.monotonic() + 20
+        with self.client() as client:
+            while True:
+                try:
+                    client.ping()
+                    return
+                except redis.ConnectionError:
+                    assert self._process.poll() is None, "redis-server did not start"
+                    assert time.monotonic() < deadline_s, "redis-server did not start in time"
+                    time.sleep(0.02)
+
+    def client(self) -> redis.Redis:
+        retry = Retry(NoBackoff(), 0)
+        return redis.Redis.from_url(self.url, decode_responses=True, protocol=2, socket_timeout=5, retry=retry)
+
+    def send(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        assert self._process is not None
+        self._process.wait()
+
+    def stop(self) -> None:
+        """It is there and answers nothing."""
+        self.send(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.send(signal.SIGCONT)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None

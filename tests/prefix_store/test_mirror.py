@@ -1,0 +1,217 @@
+"""A replica reads on while Redis is away, starts without it, and sees what others do soon."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from prefix_store import redis_keys as keys
+from prefix_store.blobs import Blobs
+from prefix_store.errors import NotFoundError, UnavailableError
+from prefix_store.mirror import Mirror
+from prefix_store.redis_registry import RedisRegistry
+from prefix_store.store import PrefixStore
+from prefix_store.tenants import Tenant
+from tests.prefix_store.redis_process import RedisProcess
+from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, publish
+
+OpenMirror = Callable[..., Mirror]
+
+
+@pytest.fixture
+def open_mirror(redis_process: RedisProcess, tmp_path: Path) -> Iterator[OpenMirror]:
+    """Redis is there again at the end."""
+    opened: list[Mirror] = []
+
+    def open_one(name: str, **options: float) -> Mirror:
+        opened.append(Mirror(RedisRegistry(redis_process.url, timeout_s=1.5), tmp_path / f"{name}.sqlite", **options))
+        opened[-1].start()
+        return opened[-1]
+
+    yield open_one
+    if not redis_process.is_running:
+        redis_process.start()
+    for mirror in opened:
+        mirror.close()
+
+
+def store_of(mirror: Mirror, tmp_path: Path) -> PrefixStore:
+    return PrefixStore(mirror, Blobs(tmp_path / "blobs"), SHAPE)
+
+
+def eventually(is_so: Callable[[], object], within_s: float = 5.0) -> float:
+    started_s = time.monotonic()
+    while not is_so():
+        assert time.monotonic() - started_s < within_s, "it did not become so in time"
+        time.sleep(0.005)
+    return time.monotonic() - started_s
+
+
+def test_flip_is_seen_by_both(open_mirror: OpenMirror, tmp_path: Path) -> None:
+    one, two = (store_of(open_mirror(name), tmp_path) for name in ("one", "two"))
+    for seed in (1, 2):
+        publish(one, "t", seed)
+    eventually(lambda: two.has_task(OURS, "t"))
+    waits = []
+    for i in range(20):
+        here, there = (one, two) if i % 2 else (two, one)
+        version = 1 + i % 2
+        here.activate(OURS, "t", str(version))
+        assert here.resolve(OURS, "t").version == version
+        waits.append(eventually(lambda: there.resolve(OURS, "t").version == version))  # noqa: B023
+    assert sorted(waits)[10] < 0.25
+    one.delete_task(OURS, "t")
+    eventually(lambda: not two.has_task(OURS, "t"))
+
+
+def test_tenants_shares_and_pins_are_seen_by_both(open_mirror: OpenMirror, tmp_path: Path) -> None:
+    one, two = open_mirror("one"), open_mirror("two")
+    store = store_of(one, tmp_path)
+    one.update_tenant(OURS, lambda _: Tenant(OURS))
+    assert one.tenants_revision() == 1
+    eventually(lambda: two.get_tenant(OURS) == one.get_tenant(OURS))
+    publish(store, "t")
+    store.share(OURS, "t", [THEIRS])
+    store.set_pinned(OURS, "t", True)
+    eventually(lambda: [task.name for task in two.pinned_tasks()] == ["t"])
+    assert [task.name for task in two.list_shared(THEIRS, 9, "")] == ["t"]
+    assert store_of(two, tmp_path).resolve(THEIRS, "ours/t").version == 1
+    one.update_tenant(OURS, lambda _: None)
+    eventually(lambda: two.get_tenant(OURS) is None)
+    assert two.tenants_revision() == one.tenants_revision() == 2
+
+
+def test_reads_go_on_without_redis_and_catch_up_with_it(
+    open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
+) -> None:
+    one, two = open_mirror("one"), open_mirror("two")
+    store, other = store_of(one, tmp_path), store_of(two, tmp_path)
+    one.update_tenant(OURS, lambda _: Tenant(OURS))
+    for seed in (1, 2):
+        publish(store, "t", seed)
+    eventually(lambda: other.has_task(OURS, "t") and other.resolve(OURS, "t").version == 2)
+    for stop, go_on in ((redis_process.kill, redis_process.start), (redis_process.stop, redis_process.go_on)):
+        stop()
+        eventually(lambda: one.is_degraded and two.is_degraded)
+        started_s = time.monotonic()
+        for each in (store, other):
+            assert each.resolve(OURS, "t").version == 2
+            assert each.list_tasks(OURS)[0].name == "t"
+            assert each.load(OURS, each.resolve(OURS, "t").digest).num_virtual_tokens == 4
+        assert one.get_tenant(OURS) is not None
+        assert time.monotonic() - started_s < 1
+        with pytest.raises(UnavailableError):
+            store.activate(OURS, "t", "1")
+        with pytest.raises(UnavailableError):
+            publish(store, "u", 3)
+        go_on()
+        assert eventually(lambda: not (one.is_degraded or two.is_degraded)) < 5
+        current = store.get_task(OURS, "t").active
+        store.activate(OURS, "t", "1")
+        eventually(lambda: other.resolve(OURS, "t").version == 1)
+        store.activate(OURS, "t", "2")
+        eventually(lambda: other.resolve(OURS, "t").version == 2)
+        assert current in (1, 2)
+
+
+def test_replica_starts_without_redis_and_knows_what_it_knew(
+    open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
+) -> None:
+    first = open_mirror("one")
+    store = store_of(first, tmp_path)
+    first.update_tenant(OURS, lambda _: Tenant(OURS))
+    version = publish(store, "t").version
+    first.close()
+    redis_process.kill()
+    again = open_mirror("one")
+    store = store_of(again, tmp_path)
+    assert again.is_degraded
+    store.sweep()
+    assert store.resolve(OURS, "t") == version
+    assert again.get_tenant(OURS) is not None
+    with pytest.raises(NotFoundError):
+        store.resolve(OURS, "u")
+    with pytest.raises(UnavailableError):
+        open_mirror("never")
+    redis_process.start()
+    eventually(lambda: not again.is_degraded)
+    assert publish(store, "u", 2).is_new
+
+
+def test_what_the_stream_forgot_is_read_anew(
+    open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
+) -> None:
+    one, two = open_mirror("one"), open_mirror("two")
+    store = store_of(two, tmp_path)
+    for name in ("a", "b", "c"):
+        publish(store, name)
+    eventually(lambda: len(one.list_tasks(OURS, 9, "")) == 3)
+    one.close()
+    store.delete_task(OURS, "a")
+    publish(store, "b", 2)
+    publish(store, "d", 3)
+    two.update_tenant(OURS, lambda _: Tenant(OURS))
+    with redis_process.client() as client:
+        client.xtrim(keys.EVENTS, maxlen=0, approximate=False)
+    again = open_mirror("one")
+    assert again.list_tasks(OURS, 9, "") == two.list_tasks(OURS, 9, "")
+    assert again.get_tenant(OURS) == two.get_tenant(OURS)
+    assert (again.revisions(), again.tenants_revision()) == (two.revisions(), two.tenants_revision())
+
+
+def test_revisions_are_compared_now_and_then(
+    open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
+) -> None:
+    mirror = open_mirror("one", reconcile_s=0.2)
+    publish(store_of(mirror, tmp_path), "t")
+    with redis_process.client() as client:  # as if a write had been lost with a Redis that was restored
+        client.delete(keys.tasks(OURS), keys.names(OURS))
+        client.hset(keys.REVISIONS, OURS, 0)
+        client.set(keys.TENANTS_REVISION, 0)
+    eventually(lambda: mirror.get_task(OURS, "t") is None)
+    assert mirror.revision(OURS) == 0
+
+
+def test_other_data_under_the_same_revisions_is_told_apart(
+    open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
+) -> None:
+    first = open_mirror("one")
+    publish(store_of(first, tmp_path), "t")
+    first.close()
+    with redis_process.client() as client:
+        client.flushall()
+    other = open_mirror("two")
+    publish(store_of(other, tmp_path), "u")
+    again = open_mirror("one")
+    assert again.revisions() == other.revisions() == {OURS: 1}
+    assert [task.name for task in again.list_tasks(OURS, 9, "")] == ["u"]
+
+
+def test_buckets_fall_to_a_replicas_part(open_mirror: OpenMirror, redis_process: RedisProcess) -> None:
+    one, two = open_mirror("one"), open_mirror("two")
+    eventually(lambda: (one._next_beat_s, two._next_beat_s) > (0, 0))
+    one._next_beat_s = 0.0
+    eventually(lambda: one._num_replicas == 2)
+    assert one.take(OURS, "b", 10, 10, 0.001, time.monotonic()).taken
+    assert not two.take(OURS, "b", 1, 10, 0.001, time.monotonic()).taken
+    redis_process.kill()
+    assert one.take(OURS, "b", 5, 10, 0.001, time.monotonic()) == (True, 0, 0)
+    assert one.is_degraded
+    assert not one.take(OURS, "b", 1, 10, 0.001, time.monotonic()).taken
+
+
+def test_server_that_hangs_holds_one_request_only(open_mirror: OpenMirror, redis_process: RedisProcess) -> None:
+    mirror = open_mirror("one")
+    redis_process.stop()
+    try:
+        mirror.take(OURS, "b", 1, 10, 1, time.monotonic())
+        started_s = time.monotonic()
+        for _ in range(5):
+            assert mirror.take(OURS, "b", 1, 10, 1, time.monotonic()).taken
+        assert time.monotonic() - started_s < 0.5
+    finally:
+        redis_process.go_on()
+    eventually(lambda: not mirror.is_degraded)

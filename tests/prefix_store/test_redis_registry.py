@@ -1,0 +1,242 @@
+"""What only a registry in Redis has: leases and marks of files, lost answers, a server that goes and comes back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefix_store import redis_files
+from prefix_store import redis_keys as keys
+from prefix_store.blobs import Blobs
+from prefix_store.draft import Draft
+from prefix_store.errors import ConflictError, StorageFullError, UnavailableError
+from prefix_store.prefix import Layout
+from prefix_store.redis_files import RedisFiles
+from prefix_store.redis_registry import RedisRegistry
+from prefix_store.redis_server import RedisServer
+from prefix_store.registry import NewFile
+from prefix_store.store import PrefixStore
+from prefix_store.task import ANY
+from prefix_store.task_changes import Published, add_version
+from prefix_store.tenants import Tenant
+from tests.prefix_store.redis_process import RedisProcess
+from tests.prefix_store.small_prefixes import OURS, SHAPE, add, new_version, publish
+
+DIGEST = "a" * 64
+LAYOUT = Layout("kv", num_decoder_tokens=1)
+
+
+@pytest.fixture
+def registry(redis_process: RedisProcess) -> Iterator[RedisRegistry]:
+    opened = RedisRegistry(redis_process.url, timeout_s=1.0)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def files(redis_process: RedisProcess) -> Iterator[RedisFiles]:
+    server = RedisServer(redis_process.url)
+    yield RedisFiles(server)
+    server.close()
+
+
+def dropped_by(files: RedisFiles, digest: str = DIGEST) -> list[str]:
+    dropped: list[str] = []
+    files.drop_unused(OURS, digest, dropped.append)
+    return dropped
+
+
+class TestFiles:
+    def test_leased_file_is_not_deleted(self, files: RedisFiles) -> None:
+        tokens = [files.acquire(OURS, DIGEST) for _ in range(2)]
+        for token in tokens:
+            assert dropped_by(files) == []
+            files.release(OURS, DIGEST, token)
+        assert dropped_by(files) == [DIGEST]
+        assert dropped_by(files) == [DIGEST]
+
+    def test_lease_ends_by_itself(self, files: RedisFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(redis_files, "LEASE_S", 0.1)
+        files.acquire(OURS, DIGEST)
+        assert dropped_by(files) == []
+        time.sleep(0.15)
+        assert dropped_by(files) == [DIGEST]
+
+    def test_file_that_a_version_has_is_not_deleted(self, files: RedisFiles, registry: RedisRegistry) -> None:
+        add(registry, "t", new_version(DIGEST, LAYOUT))
+        add(registry, "t", new_version("b" * 64, LAYOUT), tenant="other")
+        assert dropped_by(files) == []
+        assert dropped_by(files, "b" * 64) == ["b" * 64]
+
+    def test_upload_waits_until_the_file_is_deleted(self, files: RedisFiles) -> None:
+        is_deleting, order = threading.Event(), []
+
+        def drop(digest: str) -> None:
+            is_deleting.set()
+            time.sleep(0.2)
+            order.append("deleted")
+
+        thread = threading.Thread(target=files.drop_unused, args=(OURS, DIGEST, drop))
+        thread.start()
+        is_deleting.wait()
+        assert dropped_by(files) == []
+        files.acquire(OURS, DIGEST)
+        order.append("leased")
+        thread.join()
+        assert order == ["deleted", "leased"]
+
+    def test_upload_waits_for_the_end_of_a_dead_ones_mark(
+        self, files: RedisFiles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(redis_files, "MARK_S", 0.3)
+
+        def die(digest: str) -> None:
+            raise OSError("gone")
+
+        started_s = time.monotonic()
+        with pytest.raises(OSError, match="gone"):
+            files.drop_unused(OURS, DIGEST, die)
+        files.acquire(OURS, DIGEST)
+        assert time.monotonic() - started_s >= 0.3
+
+    def test_upload_does_not_wait_for_ever(
+        self, files: RedisFiles, redis_process: RedisProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(redis_files, "MARK_S", 0.1)
+        monkeypatch.setattr(redis_files, "DROP_S", 0.1)
+        with redis_process.client() as client:
+            client.set(keys.dropping(OURS, DIGEST), "somebody")
+        with pytest.raises(UnavailableError, match="is being deleted"):
+            files.acquire(OURS, DIGEST)
+
+    def test_who_was_held_up_deletes_nothing(self, files: RedisFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(redis_files, "DROP_S", 0.0)
+        assert dropped_by(files) == []
+
+    def test_lease_that_ended_is_taken_again_and_the_file_stored_again(
+        self, registry: RedisRegistry, redis_process: RedisProcess
+    ) -> None:
+        puts: list[int] = []
+
+        def put() -> None:
+            puts.append(1)
+            if len(puts) == 1:
+                with redis_process.client() as client:
+                    client.delete(keys.leases(OURS, DIGEST))
+
+        def decide(draft: Draft) -> Published:
+            decisions.append(1)
+            new = new_version(DIGEST, LAYOUT)
+            return add_version(draft, "t", new, activate=None, precondition=ANY, limits=None, now_s=0.0)
+
+        decisions: list[int] = []
+        assert registry.change(OURS, decide, NewFile(DIGEST, put)).is_new
+        assert (len(puts), len(decisions)) == (2, 2)
+        task = registry.get_task(OURS, "t")
+        assert task is not None
+        assert len(task.versions) == 1
+        with redis_process.client() as client:
+            assert not client.exists(keys.leases(OURS, DIGEST))
+
+    def test_failed_upload_gives_its_lease_back(self, registry: RedisRegistry, redis_process: RedisProcess) -> None:
+        def put() -> None:
+            raise StorageFullError("no room")
+
+        with pytest.raises(StorageFullError):
+            registry.change(OURS, lambda draft: None, NewFile(DIGEST, put))
+        with redis_process.client() as client:
+            assert client.keys("*leases*") == []
+
+
+class TestAway:
+    def test_every_call_says_that_the_registry_is_away(self, tmp_path: Path) -> None:
+        process = RedisProcess(tmp_path)
+        registry = RedisRegistry(process.url.replace("redis://", "redis://:secret@"))
+        store = PrefixStore(registry, Blobs(tmp_path / "blobs"), SHAPE)
+        for call in (
+            lambda: store.resolve(OURS, "t"),
+            lambda: publish(store, "t"),
+            lambda: store.list_tasks(OURS),
+            lambda: store.list_shared(OURS),
+            lambda: registry.digests(),
+            lambda: registry.update_tenant(OURS, lambda _: Tenant(OURS)),
+            lambda: registry.tenants_revision(),
+            lambda: registry.take(OURS, "b", 1, 1, 1, 0.0),
+            lambda: registry.list_audit(None, 1, None),
+            lambda: registry.usage(None, "2026-01-01", "2026-01-02"),
+        ):
+            with pytest.raises(UnavailableError, match="cannot be reached") as caught:
+                call()
+            assert "secret" not in str(caught.value)
+        store.sweep()
+        registry.close()
+
+    def test_server_that_hangs_holds_a_call_for_its_timeout_only(
+        self, registry: RedisRegistry, redis_process: RedisProcess
+    ) -> None:
+        add(registry, "t", new_version(DIGEST, LAYOUT))
+        redis_process.stop()
+        started_s = time.monotonic()
+        try:
+            with pytest.raises(UnavailableError):
+                registry.get_task(OURS, "t")
+        finally:
+            redis_process.go_on()
+        assert time.monotonic() - started_s < 5
+        assert registry.get_task(OURS, "t") is not None
+
+    def test_acknowledged_changes_survive_a_kill_of_redis(self, tmp_path: Path) -> None:
+        process = RedisProcess(tmp_path / "redis")
+        process.start()
+        registry = RedisRegistry(process.url)
+        store = PrefixStore(registry, Blobs(tmp_path / "blobs"), SHAPE)
+        for seed in range(3):
+            made = publish(store, "t", seed)
+            process.kill()
+            with pytest.raises(UnavailableError):
+                store.resolve(OURS, "t")
+            with pytest.raises(UnavailableError):
+                publish(store, "t", 10 + seed)
+            process.start()
+            assert store.get_task(OURS, "t") == made.task
+        store.sweep()
+        assert len(Blobs(tmp_path / "blobs").digests()[OURS]) == 3
+        registry.close()
+        process.kill()
+
+    def test_data_of_another_schema_is_refused(self, redis_process: RedisProcess, registry: RedisRegistry) -> None:
+        with redis_process.client() as client:
+            client.set(keys.SCHEMA, 2)
+        with pytest.raises(ConflictError, match="expected a registry of schema 1 in Redis, got 2"):
+            registry.get_task(OURS, "t")
+
+    @pytest.mark.parametrize("url", ["localhost:6379", "http://:secret@localhost", "redis://:secret@localhost:port"])
+    def test_url_that_cannot_be_is_refused(self, url: str) -> None:
+        with pytest.raises(UnavailableError, match="expected a URL as rediss://") as caught:
+            RedisRegistry(url)
+        assert "secret" not in str(caught.value)
+
+    def test_full_server_is_full_storage(self, registry: RedisRegistry, redis_process: RedisProcess) -> None:
+        add(registry, "t", new_version(DIGEST, LAYOUT))
+        with redis_process.client() as client:
+            client.config_set("maxmemory", 1)
+            try:
+                with pytest.raises(StorageFullError, match="cannot store more"):
+                    add(registry, "t", new_version("b" * 64, LAYOUT))
+                assert registry.get_task(OURS, "t") is not None
+            finally:
+                client.config_set("maxmemory", 0)
+
+    def test_events_say_what_changed(self, registry: RedisRegistry, redis_process: RedisProcess) -> None:
+        add(registry, "t", new_version(DIGEST, LAYOUT))
+        registry.update_tenant(OURS, lambda _: Tenant(OURS))
+        with redis_process.client() as client:
+            found = [fields for _, fields in client.xrange(keys.EVENTS)]
+        assert found == [
+            {"tenant": OURS, "revision": "1", "names": '["t"]'},
+            {"tenants": OURS, "revision": "1"},
+        ]
