@@ -85,7 +85,7 @@ class InProcess:
         num_blocks, num_prefix_blocks = split_pool(kv_tokens, prefix_tokens)
         self._engine = Engine(
             ModelRunner(model, self.shape, KVBlocks(self.shape, num_blocks, CPU, kernels)),
-            self._prefixes.__getitem__,
+            lambda ref: self._prefixes[ref.digest],
             num_prefix_blocks=num_prefix_blocks,
             max_rows=max_rows,
             max_step_tokens=max_step_tokens,

@@ -18,7 +18,7 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput, split_pool
 from server.engine.kv_blocks import KVBlocks
 from server.engine.model_runner import ModelRunner, load_model, measure_shape
-from server.engine.resident_prefixes import ResidentPrefix
+from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sampling_params import SamplingParams
 from server.engine.self_check import self_check
 from server.engine.sequence import PrefixRef, Sequence
@@ -154,7 +154,7 @@ def run_ours(
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu"), kernels))
     engine = WholeSteps(
         runner,
-        prefixes.__getitem__,
+        lambda ref: prefixes[ref.digest],
         num_prefix_blocks=num_prefix_blocks,
         max_rows=max_rows,
         max_step_tokens=max_step_tokens,

@@ -65,7 +65,7 @@ class World:
         num_blocks, num_prefix_blocks = split_pool(kv, room)
         return Engine(
             ModelRunner(self.model, self.shape, KVBlocks(self.shape, num_blocks, torch.device("cpu"))),
-            self.prefixes.__getitem__,
+            lambda ref: self.prefixes[ref.digest],
             num_prefix_blocks=num_prefix_blocks,
             max_rows=max_rows,
             max_step_tokens=max_rows + 8,

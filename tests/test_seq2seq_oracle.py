@@ -29,7 +29,7 @@ from server.engine.batch import AttentionGroup, batch_of
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.kv_blocks import KVBlocks, prefix_blocks
 from server.engine.model_runner import ModelRunner
-from server.engine.resident_prefixes import ResidentPrefix
+from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sequence import PrefixRef, Row
 from tests.cases import (
     NEW_TOKENS,

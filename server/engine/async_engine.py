@@ -17,11 +17,14 @@ from server.engine.context_limits import check_context, max_new_tokens
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
 from server.engine.engine_stats import EngineStats, stats_of
-from server.engine.errors import GenerationError, OverloadedError, PrefixFaultError, QueueTimeoutError
+from server.engine.errors import GenerationError, OverloadedError, PrefixFaultError
 from server.engine.kv_blocks import block_bytes, prefix_blocks
+from server.engine.queue_places import QueuePlaces
+from server.engine.request_metrics import RequestMetrics
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
+from server.engine.tenant_policy import TenantPolicy
 from server.engine.threads import workers
 from server.metrics import Metrics
 
@@ -49,12 +52,10 @@ class AsyncEngine:
         self._engine = engine
         self.tokenizer = tokenizer
         self._metrics = metrics
-        self._max_queued = max_queued
-        self._max_queued_tokens = max_queued_tokens
+        self._places = QueuePlaces(engine.policies, metrics, max_queued=max_queued, max_queued_tokens=max_queued_tokens)
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
-        self._tokens_at_s: dict[str, float] = {}
-        self._queued: dict[str, int] = {}  # request -> tokens, from admission to its first token
+        self._request_metrics = RequestMetrics(metrics)
         self._workers = workers(1, "tokenise")
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -104,13 +105,13 @@ class AsyncEngine:
         request_id: str,
         tenant_id: str,
     ) -> RequestStream:
-        """Admit a request of one row a member. Raises OverloadedError before tokenising, PromptTooLongError after."""
+        """Admit a request of one row a member. Raises TenantQueueFullError or OverloadedError before tokenising,
+        PromptTooLongError after."""
         if self._is_draining:
             self._metrics.rejected("draining")
             raise OverloadedError("the server is stopping")
         num_tokens = len(prompt) if isinstance(prompt, list) else len(prompt.encode()) // 4 + 1
-        self._check_room(num_tokens)
-        self._queued[request_id] = num_tokens
+        self._places.take(request_id, tenant_id, num_tokens)
         try:
             token_ids = prompt if isinstance(prompt, list) else await self._tokenise(prompt)
             start_ids = self._engine.runner.decoder_start_ids
@@ -121,7 +122,7 @@ class AsyncEngine:
             stream = RequestStream(sequence, lambda: self._abort(request_id))
             self._engine.check_room(sequence)
         except BaseException:
-            del self._queued[request_id]
+            self._places.leave(request_id)
             raise
         self._streams[request_id] = stream
         self._idle.clear()
@@ -129,13 +130,22 @@ class AsyncEngine:
         self._calls.put(lambda: self._engine.add(sequence))
         return stream
 
+    def check_queue(self, tenant_id: str) -> None:
+        """Raises as `generate` would before tokenising, for a caller that has work to do before it asks."""
+        self._places.check(tenant_id, 0)
+
     def max_new_tokens(self, members: tuple[Composition, ...], num_prompt_tokens: int) -> int:
         """How many tokens a request can generate; less than one if its prompt does not fit."""
         num_start = len(self._engine.runner.decoder_start_ids)
         return min(max_new_tokens(self.shape, prefixes, num_prompt_tokens, num_start) for prefixes in members)
 
-    async def check(self, prefix: Prefix) -> None:
-        """A trial forward on a few tokens, off the step loop. Raises PrefixFaultError if its logits are not finite."""
+    def set_policy(self, tenant_id: str, policy: TenantPolicy | None) -> None:
+        """Effective at the next step. None: the default again."""
+        self._engine.policies.set(tenant_id, policy)
+
+    async def check(self, prefix: Prefix, tenant_id: str = "") -> None:
+        """A trial forward on a few tokens, off the step loop, charged to the tenant. Raises PrefixFaultError if its
+        logits are not finite."""
         needed = self.bytes_on_device(prefix.layout)
         available = self._engine.prefix_allocator.num_blocks * self._block_bytes
         if needed > available:
@@ -144,6 +154,8 @@ class AsyncEngine:
                 f"the pool has {available}"
             )
         token_ids = [1 % self.shape.vocab_size, 2 % self.shape.vocab_size]
+        num_tokens = prefix.num_virtual_tokens + len(token_ids)
+        self._calls.put(lambda: self._engine.charge(tenant_id, num_tokens))
         await asyncio.to_thread(self._engine.runner.check, prefix, token_ids)
 
     def check_together(self, num_rows: int, num_bytes: int) -> None:
@@ -156,61 +168,63 @@ class AsyncEngine:
         if num_bytes > available:
             raise PrefixFaultError(f"{num_bytes} bytes of prefix memory are needed together, the pool has {available}")
 
-    async def preload(self, refs: tuple[PrefixRef, ...]) -> None:
-        """Make prefixes resident, all or none. Raises as `ResidentPrefixes.preload`, or OverloadedError when held
-        prefixes leave no room."""
-        if not await self._call(lambda: self._engine.residents.preload(refs)):
+    async def preload(self, refs: tuple[PrefixRef, ...], tenant_id: str | None = None) -> None:
+        """Make prefixes resident, all or none, charged to the tenant, else to the owner of the first. Raises as
+        `ResidentPrefixes.preload`, or OverloadedError when held prefixes leave no room."""
+        asked_by = next((ref.tenant_id for ref in refs), "") if tenant_id is None else tenant_id
+        if not await self._call(lambda: self._engine.residents.preload(refs, asked_by=asked_by)):
             raise OverloadedError("no room for the prefix: all resident ones are in use or pinned")
-        while await self._call(lambda: any([self._is_loading(ref.digest) for ref in refs])):
+        while await self._call(lambda: any([self._is_loading(ref.key) for ref in refs])):
             await asyncio.sleep(0.01)
 
     async def pin(self, ref: PrefixRef) -> None:
         """Make a prefix resident and keep it so."""
         await self.preload((ref,))
-        await self._call(lambda: self._engine.residents.pin(ref.digest))
+        await self._call(lambda: self._engine.residents.pin(ref.key))
 
     async def unpin(self, ref: PrefixRef) -> None:
-        await self._call(lambda: self._engine.residents.unpin(ref.digest))
+        await self._call(lambda: self._engine.residents.unpin(ref.key))
 
-    async def evict(self, digest: str) -> bool:
-        """Drop a resident prefix. False: a row holds it, or it is not resident."""
-        return await self._call(lambda: self._engine.residents.evict(digest))
+    async def evict(self, key: str) -> bool:
+        """Drop a resident prefix, by its ref's key. False: a row holds it, or it is not resident."""
+        return await self._call(lambda: self._engine.residents.evict(key))
 
-    def residency(self, digest: str) -> str:
+    def residency(self, key: str) -> str:
         """`resident`, `loading` or `cold`."""
-        resident = self._engine.residents.get(digest)
+        resident = self._engine.residents.get(key)
         if resident is None:
             return "cold"
         return "resident" if resident.state == "ready" else "loading"
 
-    def resident_bytes(self, digest: str) -> int:
-        resident = self._engine.residents.get(digest)
+    def resident_bytes(self, key: str) -> int:
+        resident = self._engine.residents.get(key)
         return 0 if resident is None else len(resident.block_table) * self._block_bytes
+
+    def resident_sizes(self) -> dict[str, int]:
+        """Bytes on the device, by key, of all prefixes that are resident or on their way."""
+        num_bytes = self._block_bytes
+        return {key: num_blocks * num_bytes for key, num_blocks in self._engine.residents.sizes.items()}
 
     def bytes_on_device(self, layout: Layout) -> int:
         return prefix_blocks(layout, self.shape) * self._block_bytes
 
     def stats(self) -> EngineStats:
-        return stats_of(self._engine, len(self._streams))
+        return stats_of(self._engine, self.num_waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were admitted and do not run."""
+        return max(0, len(self._streams) - len(self._engine.scheduler.running))
 
     @property
     def _block_bytes(self) -> int:
         return block_bytes(self.shape)
 
-    def _is_loading(self, digest: str) -> bool:
-        failure = self._engine.residents.failure(digest)
+    def _is_loading(self, key: str) -> bool:
+        failure = self._engine.residents.failure(key)
         if failure is not None:
             raise failure
-        return self.residency(digest) == "loading"
-
-    def _check_room(self, num_tokens: int) -> None:
-        if len(self._queued) >= self._max_queued:
-            self._metrics.rejected("queue_full")
-            raise OverloadedError(f"the queue holds {len(self._queued)} requests, its limit is {self._max_queued}")
-        queued_tokens = sum(self._queued.values())
-        if queued_tokens and queued_tokens + num_tokens > self._max_queued_tokens:
-            self._metrics.rejected("queue_tokens")
-            raise OverloadedError(f"the queue holds {queued_tokens} tokens, its limit is {self._max_queued_tokens}")
+        return self.residency(key) == "loading"
 
     async def _tokenise(self, prompt: str) -> list[int]:
         loop = asyncio.get_running_loop()
@@ -224,8 +238,8 @@ class AsyncEngine:
 
     def _forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
-        self._queued.pop(request_id, None)
-        self._tokens_at_s.pop(request_id, None)
+        self._places.leave(request_id)
+        self._request_metrics.forget(request_id)
         if not self._streams:
             self._idle.set()
 
@@ -276,27 +290,7 @@ class AsyncEngine:
             if stream is None:
                 continue  # aborted meanwhile
             stream.put(output)
-            self._observe(output, now)
+            self._places.leave(request_id)
+            self._request_metrics.observe(output, now)
             if output.is_last:
                 self._forget(request_id)
-
-    def _observe(self, output: StepOutput, now: float) -> None:
-        sequence = output.sequence
-        if output.error is not None or output.token is None:
-            if isinstance(output.error, OverloadedError):
-                self._metrics.rejected("queue_time" if isinstance(output.error, QueueTimeoutError) else "pinned_room")
-            self._metrics.request_finished("error")
-            return
-        previous_s = self._tokens_at_s.get(sequence.request_id)
-        self._tokens_at_s[sequence.request_id] = now
-        if previous_s is None:
-            self._queued.pop(sequence.request_id, None)
-            self._metrics.ttft(now - sequence.arrival_s)
-            if sequence.started_s is not None:
-                self._metrics.queue_time(sequence.started_s - sequence.arrival_s)
-        else:
-            self._metrics.inter_token(now - previous_s)
-        if output.token.finish_reason is not None:
-            self._metrics.tokens(sequence.num_prompt_tokens, sequence.num_cached_tokens, sequence.num_generated_tokens)
-            self._metrics.e2e(now - sequence.arrival_s)
-            self._metrics.request_finished(output.token.finish_reason)

@@ -13,7 +13,7 @@ import torch
 
 from server.engine.attention_group import AttentionGroup, Hidden, SharedKeys
 from server.engine.kv_blocks import BLOCK_SIZE, NULL_BLOCK, KVBlocks, num_blocks_for
-from server.engine.resident_prefixes import ResidentPrefix
+from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sequence import NEVER, Context, Positions, Row
 
 SHORT_BLOCKS = 8  # rows up to this many blocks share a group, whatever their length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -14,12 +15,15 @@ from prefix_store.prefix import Prefix
 from server.engine.batch import batch_of
 from server.engine.cached_blocks import CachedBlocks
 from server.engine.errors import EngineError, GenerationError, PromptTooLongError
-from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, num_blocks_for, prefix_blocks
+from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, block_bytes, num_blocks_for, prefix_blocks
 from server.engine.model_runner import ModelRunner
-from server.engine.resident_prefixes import ResidentPrefix, ResidentPrefixes
+from server.engine.resident_prefix import ResidentPrefix
+from server.engine.resident_prefixes import ResidentPrefixes
+from server.engine.resident_shares import ResidentShares
 from server.engine.sampler import Sample, sample
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence, TokenOutput
+from server.engine.sequence import PrefixRef, Sequence, TokenOutput
+from server.engine.tenant_policy import TenantPolicies
 
 log = structlog.get_logger()
 
@@ -40,15 +44,15 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model.
 
-    `load_prefix` gives a digest's source form; with an `executor` it runs there, beside the steps, without one inside
+    `load_prefix` gives a prefix's source form; with an `executor` it runs there, beside the steps, without one inside
     the step. What the model must make of it the next steps compute. The pool is split once: `num_prefix_blocks` for
-    resident prefixes, the rest for the rows' own text.
+    resident prefixes, the rest for the rows' own text. What `policies` say holds from the next step on.
     """
 
     def __init__(
         self,
         runner: ModelRunner,
-        load_prefix: Callable[[str], Prefix],
+        load_prefix: Callable[[PrefixRef], Prefix],
         *,
         num_prefix_blocks: int,
         eos_token_ids: frozenset[int] = frozenset(),
@@ -61,19 +65,26 @@ class Engine:
         self.runner = runner
         self._load_prefix = load_prefix
         self._executor = executor
+        self._loads: list[ResidentPrefix] = []  # that the executor has not begun
+        self._loads_lock = threading.Lock()
         self._finished_loads: queue.SimpleQueue[tuple[ResidentPrefix, Exception | None]] = queue.SimpleQueue()
         self._eos_token_ids = eos_token_ids
         self._special_token_ids = special_token_ids
         num_own_blocks = runner.kv_blocks.num_blocks - 1 - num_prefix_blocks
+        self.policies = TenantPolicies()
         self.prefix_allocator = BlockAllocator(1, num_prefix_blocks)
         self.own_blocks = CachedBlocks(BlockAllocator(1 + num_prefix_blocks, num_own_blocks))
         self.residents = ResidentPrefixes(
-            self.prefix_allocator, lambda layout: prefix_blocks(layout, runner.shape), self._start_load
+            self.prefix_allocator,
+            lambda layout: prefix_blocks(layout, runner.shape),
+            self._start_load,
+            ResidentShares(num_prefix_blocks, block_bytes(runner.shape), self.policies),
         )
         self.scheduler = Scheduler(
             self.own_blocks,
             self.residents,
             runner.kv_blocks.clear,
+            self.policies,
             max_rows=max_rows,
             max_step_tokens=max_step_tokens,
             max_queue_s=max_queue_s,
@@ -90,21 +101,26 @@ class Engine:
         return bool(self.scheduler.running or self.residents.computing)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises as `check_room`."""
-        self.check_room(sequence)
+        """Queue a sequence. Raises as `check_room`, but for its tenant's limit, which may have changed since."""
+        self._check_pools(sequence)
         assert sequence.request_id not in self._sequences
         self._sequences[sequence.request_id] = sequence
         self.scheduler.add(sequence)
 
     def check_room(self, sequence: Sequence) -> None:
         """Raises PromptTooLongError for a sequence that could never finish, even alone."""
+        self._check_pools(sequence)
+        self.scheduler.check_rows(sequence)
+
+    def _check_pools(self, sequence: Sequence) -> None:
+        """Raises PromptTooLongError for more than the pools and the batch hold."""
         if sequence.max_blocks > self.own_blocks.num_blocks:
             raise PromptTooLongError(
                 f"prompt ({sequence.num_prompt_tokens} tokens) and max_new_tokens "
                 f"({sequence.sampling_params.max_new_tokens}) in {len(sequence.rows)} rows must fit "
                 f"{self.own_blocks.num_blocks * BLOCK_SIZE} tokens of KV memory"
             )
-        refs = {ref.digest: ref for row in sequence.rows for ref in row.prefixes}
+        refs = {ref.key: ref for ref in sequence.prefixes}
         needed = sum(prefix_blocks(ref.layout, self.runner.shape) for ref in refs.values())
         if needed > self.prefix_allocator.num_blocks:
             raise PromptTooLongError(
@@ -121,6 +137,11 @@ class Engine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self.scheduler.finish(sequence)
+
+    def charge(self, tenant_id: str, num_tokens: int) -> None:
+        """Count tokens of prefixes that were computed or copied for a tenant, as in a load or a trial forward."""
+        self.scheduler.waiting.lift(tenant_id)
+        self.scheduler.waiting.charge_input(tenant_id, num_tokens)
 
     def step(self) -> list[StepOutput]:
         """Schedule, run, postprocess."""
@@ -161,6 +182,7 @@ class Engine:
             row.num_scheduled_tokens = 0
             row.is_encoded = True
         for resident in prefixes:
+            self.charge(resident.asked_by, resident.num_scheduled_tokens)
             self.residents.advance(resident)
         return [self._append(sequence, chosen) for sequence, chosen in zip(sampled, samples, strict=True)]
 
@@ -189,6 +211,7 @@ class Engine:
         params = sequence.sampling_params
         token_id = chosen.token_id
         sequence.append(token_id)
+        self.scheduler.waiting.charge_output(sequence.tenant_id, len(sequence.rows))
         for row in sequence.rows:
             self.own_blocks.register(row)
         text = sequence.detokenizer.append(token_id)
@@ -224,14 +247,23 @@ class Engine:
     def _start_load(self, resident: ResidentPrefix) -> None:
         if self._executor is None:
             self._load(resident)
-        else:
-            self._executor.submit(self._load, resident)
+            return
+        with self._loads_lock:
+            self._loads.append(resident)
+        self._executor.submit(self._load_next)
+
+    def _load_next(self) -> None:
+        """On the executor: of the loads that wait for it, the one of the tenant that has had the least."""
+        with self._loads_lock:
+            resident = min(self._loads, key=lambda resident: self.scheduler.waiting.counter(resident.asked_by))
+            self._loads.remove(resident)
+        self._load(resident)
 
     def _load(self, resident: ResidentPrefix) -> None:
         """On the executor: nobody reads these blocks before the load is taken."""
         resident.started_s = time.monotonic()
         try:
-            prefix = self._load_prefix(resident.ref.digest)
+            prefix = self._load_prefix(resident.ref)
             if prefix.layout != resident.ref.layout:
                 raise ValueError(f"expected {resident.ref.layout}, got {prefix.layout}")
             self.runner.load(prefix, resident)
@@ -242,7 +274,9 @@ class Engine:
 
     def _take_loads(self) -> None:
         while not self._finished_loads.empty():
-            self._finish_load(*self._finished_loads.get())
+            resident, error = self._finished_loads.get()
+            self.charge(resident.asked_by, resident.num_copied_tokens)
+            self._finish_load(resident, error)
 
     def _finish_load(self, resident: ResidentPrefix, error: Exception | None) -> None:
         if error is not None:

@@ -24,14 +24,16 @@ class EngineStats:
     num_pinned: int
     num_preemptions: int
     residency: ResidencyCounts
+    served_tokens: dict[str, float]  # by tenant, read ones once and generated ones twice
+    service_skew: float  # how far the counters of tenants that wait are apart
 
 
-def stats_of(engine: Engine, num_requests: int) -> EngineStats:
-    """`num_requests` are those that were admitted and have not ended."""
+def stats_of(engine: Engine, num_waiting: int) -> EngineStats:
+    """`num_waiting` are the requests that were admitted and do not run."""
     num_bytes = block_bytes(engine.runner.shape)
     return EngineStats(
         num_running=len(engine.scheduler.running),
-        num_waiting=max(0, num_requests - len(engine.scheduler.running)),
+        num_waiting=num_waiting,
         num_rows_max=engine.scheduler.max_rows,
         kv_blocks_used=engine.own_blocks.num_used,
         kv_blocks_cached=engine.own_blocks.num_cached,
@@ -43,4 +45,6 @@ def stats_of(engine: Engine, num_requests: int) -> EngineStats:
         num_pinned=engine.residents.num_pinned,
         num_preemptions=engine.scheduler.num_preemptions,
         residency=replace(engine.residents.counts),
+        served_tokens=engine.scheduler.waiting.service,
+        service_skew=engine.scheduler.waiting.skew,
     )

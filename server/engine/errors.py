@@ -6,6 +6,7 @@ EngineError
  +- OverloadedError        the queue is full; try again after `retry_after_s`
  |   +- QueueTimeoutError  waited longer than the queue allows
  |   +- PinnedRoomError    pinned prefixes leave no room for this one
+ +- TenantQueueFullError   the tenant has all the queue places it may; try again after `retry_after_s`
  +- PrefixLoadError        the prefix could not be made resident
  +- PrefixFaultError       the prefix gives logits that are not finite, or does not fit the pool
  +- GenerationError        the row failed at run time
@@ -38,6 +39,12 @@ class QueueTimeoutError(OverloadedError):
 
 class PinnedRoomError(OverloadedError):
     pass
+
+
+class TenantQueueFullError(EngineError):
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class PrefixLoadError(EngineError):

@@ -18,7 +18,7 @@ from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for, prefix
 from server.engine.model_families import prepare
 from server.engine.quantized_weights import quantize_weights
 from server.engine.reordered_weights import reorder_weights
-from server.engine.resident_prefixes import ResidentPrefix
+from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sequence import PrefixRef, Row
 
 MAX_RELATIVE_POSITIONS = 4096  # of a model whose positions have no end of their own

@@ -14,7 +14,8 @@ from server.engine.sequence import FinishReason, Sequence, TokenOutput
 
 
 class RequestStream:
-    """One request's tokens as they come. Leaving the `async with` early aborts the row."""
+    """One request's tokens as they come. Leaving the `async with` early aborts the row. However it ends, `on_end` is
+    called once; `error` is what ended it, if one did."""
 
     def __init__(self, sequence: Sequence, abort: Callable[[], None]) -> None:
         self._sequence = sequence
@@ -24,6 +25,8 @@ class RequestStream:
         self._waits_for_last = False
         self._is_over = False
         self._finished_s: float | None = None
+        self.on_end: Callable[[], None] | None = None
+        self.error: EngineError | None = None
 
     def put(self, output: StepOutput) -> None:
         self._outputs.append(output)
@@ -53,6 +56,7 @@ class RequestStream:
             await self._has_output.wait()
         output = self._outputs.popleft()
         if output.error is not None:
+            self.error = output.error
             self._end()
             raise output.error
         assert output.token is not None
@@ -77,6 +81,8 @@ class RequestStream:
     def _end(self) -> None:
         self._is_over = True
         self._finished_s = time.monotonic()
+        if self.on_end is not None:
+            self.on_end()
 
     @property
     def generated_text(self) -> str:
@@ -93,6 +99,10 @@ class RequestStream:
     @property
     def num_prompt_tokens(self) -> int:
         return self._sequence.num_prompt_tokens
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._sequence.rows)
 
     @property
     def num_virtual_tokens(self) -> int:

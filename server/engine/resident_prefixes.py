@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 
-import torch
-
-from prefix_store.prefix import PARTS, Layout
+from prefix_store.prefix import Layout
 from server.engine.errors import PinnedRoomError, PrefixFaultError, PrefixLoadError
-from server.engine.kv_blocks import BlockAllocator, num_blocks_for
+from server.engine.kv_blocks import BlockAllocator
+from server.engine.recent_evictions import RecentEvictions
+from server.engine.resident_prefix import ResidentPrefix
+from server.engine.resident_shares import Need, ResidentShares
 from server.engine.sequence import PrefixRef
 
 FAILED_LOAD_REMEMBERED_S = 10.0
-
-
-@dataclass(eq=False)
-class ResidentPrefix:
-    """A prefix's place in the pool. `ref_count` counts rows, running or waiting, that hold it.
-
-    `partial_layers` names, of KV parts that are for some layers only, those layers. `embeddings` are a soft prompt's,
-    on the device: for good where they stay embeddings, else until the model has computed their K and V.
-    """
-
-    ref: PrefixRef
-    block_table: list[int]
-    state: Literal["loading", "ready"] = "loading"
-    ref_count: int = 0
-    partial_layers: dict[str, frozenset[int]] = field(default_factory=dict)
-    embeddings: torch.Tensor | None = None
-    num_computed_tokens: int = 0  # of a soft prompt, whose K and V are in the pool
-    num_scheduled_tokens: int = 0  # of them, how many this step computes
-    started_s: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.part_tables: dict[str, list[int]] = {}  # shares of `block_table`, one after another
-        start = 0
-        for part in PARTS:
-            end = start + num_blocks_for(getattr(self.ref.layout, f"num_{part}_tokens"))
-            self.part_tables[part] = self.block_table[start:end]
-            start = end
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        layout = self.ref.layout
-        if layout.kind == "kv" or layout.stays_embeddings:
-            return 0
-        return layout.num_decoder_tokens - self.num_computed_tokens
 
 
 @dataclass
@@ -59,11 +26,13 @@ class ResidencyCounts:
     num_loads: int = 0
     num_failed_loads: int = 0
     num_evictions: int = 0
+    num_thrash: int = 0  # loads of what had been evicted less than 60 s before, to make room
     load_s: float = 0.0  # seconds, of loads that ended well
 
 
 class ResidentPrefixes:
-    """LRU over prefixes that nobody holds. Used from the step's thread only.
+    """LRU over prefixes that nobody holds, within the tenants' shares, by their refs' keys. Used from the step's thread
+    only.
 
     `start_load` is called once for every prefix that has to be loaded, with its blocks already allocated; whoever
     loads it calls `finish_load` from the step's thread. A load is shared by all who ask meanwhile. Soft prompts whose K
@@ -75,66 +44,97 @@ class ResidentPrefixes:
         allocator: BlockAllocator,
         num_blocks_of: Callable[[Layout], int],
         start_load: Callable[[ResidentPrefix], None],
+        shares: ResidentShares,
     ) -> None:
         self._allocator = allocator
         self._num_blocks_of = num_blocks_of
         self._start_load = start_load
+        self._shares = shares
         self._residents: OrderedDict[str, ResidentPrefix] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
-        self._failures: dict[str, tuple[float, str]] = {}  # digest -> (when, why)
+        self._leaving: set[str] = set()  # that nobody new may hold
+        self._failures: dict[str, tuple[float, str]] = {}  # key -> (when, why)
+        self._evictions = RecentEvictions()
         self.computing: list[ResidentPrefix] = []
         self.counts = ResidencyCounts()
 
-    def acquire(self, refs: Collection[PrefixRef], *, may_load: bool = True) -> list[ResidentPrefix] | None:
+    def acquire(
+        self, refs: Collection[PrefixRef], *, asked_by: str = "", may_load: bool = True
+    ) -> list[ResidentPrefix] | None:
         """Hold prefixes, all or none, loading the cold ones if they `may_load`. None: not now, ask again. Check `state`
         before using one.
 
         Raises as `preload`.
         """
-        num_cold = sum(ref.digest not in self._residents for ref in refs)
-        if num_cold and not (may_load and self.preload(refs)):
+        if self._leaving and any(ref.key in self._leaving for ref in refs):
             return None
+        num_cold = sum(ref.key not in self._residents for ref in refs)
+        if num_cold and not (may_load and self._start_loads(refs, asked_by)):
+            return None
+        self._shares.touch(ref.tenant_id for ref in refs)
         self.counts.num_misses += num_cold
         self.counts.num_hits += len(refs) - num_cold
         found = []
         for ref in refs:
-            self._residents.move_to_end(ref.digest)
-            found.append(self._residents[ref.digest])
+            self._residents.move_to_end(ref.key)
+            found.append(self._residents[ref.key])
+            self._count_idle(found[-1], -1)
             found[-1].ref_count += 1
         return found
 
     def release(self, resident: ResidentPrefix) -> None:
         assert resident.ref_count > 0
         resident.ref_count -= 1
+        self._count_idle(resident, 1)
 
-    def preload(self, refs: Collection[PrefixRef]) -> bool:
+    def preload(self, refs: Collection[PrefixRef], *, asked_by: str = "") -> bool:
         """Start loading what is cold of `refs` if there is room for all. True: they are resident or on their way.
 
-        Raises PrefixLoadError while a failed load is remembered, PrefixFaultError if they can never fit together,
-        PinnedRoomError if they cannot beside what is pinned.
+        Raises PrefixLoadError while a failed load is remembered, PrefixFaultError if they can never fit together, or
+        not within their tenant's limit, PinnedRoomError if they cannot beside what is pinned.
         """
-        wanted = {ref.digest: ref for ref in refs}
-        cold = [ref for digest, ref in wanted.items() if digest not in self._residents]
-        if not cold:
-            return True
-        for ref in cold:
-            failure = self.failure(ref.digest)
-            if failure is not None:
-                raise failure
-        self._check_fit(wanted)
-        if not self._make_room(wanted, cold):
+        self.begin_step()
+        return self._start_loads(refs, asked_by)
+
+    def begin_step(self) -> None:
+        """Claims end."""
+        self._shares.begin_step()
+        self._leaving.clear()
+
+    def claim(self, refs: Collection[PrefixRef]) -> bool:
+        """For what `preload` found no room: nobody new may hold what has to go for it, until the next step begins.
+
+        False: it waits by its own tenants' fault, whose other prefixes are in use and fill their shares or limits.
+        """
+        wanted = {ref.key: ref for ref in refs}
+        need = self._need(wanted)
+        if not self._shares.is_due(need):
             return False
-        for ref in cold:
-            resident = ResidentPrefix(ref, self._allocator.allocate(self._num_blocks_of(ref.layout)))
-            self._residents[ref.digest] = resident
-            self._start_load(resident)
+        held = [
+            resident
+            for key, resident in self._residents.items()
+            if resident.ref_count and not (key in wanted or key in self._pinned or resident.ref.tenant_id in need.cold)
+        ]
+        victims = self._shares.victims(need, self._allocator.num_free, lambda: chain(self._idle(wanted), held))
+        self._leaving.update(resident.ref.key for resident in victims or ())
         return True
 
-    def pin(self, digest: str) -> None:
-        self._pinned.add(digest)
+    def is_claimed(self, held: Collection[ResidentPrefix]) -> bool:
+        """Whether one of them has to go."""
+        return bool(self._leaving) and any(resident.ref.key in self._leaving for resident in held)
 
-    def unpin(self, digest: str) -> None:
-        self._pinned.discard(digest)
+    def pin(self, key: str) -> None:
+        resident = self._residents.get(key)
+        if resident is not None:
+            self._count_idle(resident, -1)
+        self._pinned.add(key)
+
+    def unpin(self, key: str) -> None:
+        was_pinned = key in self._pinned
+        self._pinned.discard(key)
+        resident = self._residents.get(key)
+        if resident is not None and was_pinned:
+            self._count_idle(resident, 1)
 
     def finish_load(self, resident: ResidentPrefix, error: Exception | None) -> None:
         if error is None and resident.num_uncomputed_tokens:
@@ -144,13 +144,14 @@ class ResidentPrefixes:
             self.computing.remove(resident)
         if error is None:
             resident.state = "ready"
+            self._count_idle(resident, 1)
             self.counts.num_loads += 1
             self.counts.load_s += time.monotonic() - resident.started_s
             return
         self.counts.num_failed_loads += 1
-        self._failures[resident.ref.digest] = (time.monotonic(), str(error))
-        del self._residents[resident.ref.digest]
-        self._allocator.release(resident.block_table)
+        why = f"prefix {resident.ref.digest[:12]} could not be loaded: {error}"
+        self._failures[resident.ref.key] = (time.monotonic(), why)
+        self._drop(resident)
 
     def advance(self, resident: ResidentPrefix) -> None:
         """A step has computed its scheduled tokens."""
@@ -160,29 +161,34 @@ class ResidentPrefixes:
             resident.embeddings = None
             self.finish_load(resident, None)
 
-    def evict(self, digest: str) -> bool:
+    def evict(self, key: str) -> bool:
         """Drop a prefix that nobody holds. False: it is held, loading or not resident."""
-        resident = self._residents.get(digest)
+        resident = self._residents.get(key)
         if resident is None or resident.ref_count or resident.state == "loading":
             return False
-        del self._residents[digest]
-        self._allocator.release(resident.block_table)
+        self._drop(resident)
         self.counts.num_evictions += 1
         return True
 
-    def failure(self, digest: str) -> PrefixLoadError | None:
+    def failure(self, key: str) -> PrefixLoadError | None:
         """The remembered failure of a load, for 10 s."""
-        found = self._failures.get(digest)
+        found = self._failures.get(key)
         if found is None:
             return None
         when, why = found
         if time.monotonic() - when > FAILED_LOAD_REMEMBERED_S:
-            del self._failures[digest]
+            del self._failures[key]
             return None
-        return PrefixLoadError(f"prefix {digest[:12]} could not be loaded: {why}")
+        return PrefixLoadError(why)
 
-    def get(self, digest: str) -> ResidentPrefix | None:
-        return self._residents.get(digest)
+    def get(self, key: str) -> ResidentPrefix | None:
+        return self._residents.get(key)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Blocks by key."""
+        # It is read from other threads too: the tuple is made in one go.
+        return {key: len(resident.block_table) for key, resident in tuple(self._residents.items())}
 
     @property
     def num_resident(self) -> int:
@@ -191,7 +197,7 @@ class ResidentPrefixes:
     @property
     def num_pinned(self) -> int:
         # It is read from other threads too: the tuple is made in one go.
-        return sum(1 for digest, r in tuple(self._residents.items()) if r.ref_count or digest in self._pinned)
+        return sum(1 for key, r in tuple(self._residents.items()) if r.ref_count or key in self._pinned)
 
     @property
     def num_references(self) -> int:
@@ -205,36 +211,90 @@ class ResidentPrefixes:
         assert not self._allocator.free_ids() & set(used), "a used block is in the free list"
         assert len(used) == self._allocator.num_used, "a block leaked"
         assert all(resident.ref_count >= 0 for resident in self._residents.values())
+        self._shares.check_integrity(self._residents.values(), self._idle(()))
+
+    def _start_loads(self, refs: Collection[PrefixRef], asked_by: str) -> bool:
+        wanted = {ref.key: ref for ref in refs}
+        cold = [ref for key, ref in wanted.items() if key not in self._residents]
+        if not cold:
+            return True
+        for ref in cold:
+            failure = self.failure(ref.key)
+            if failure is not None:
+                raise failure
+        self._check_fit(wanted)
+        self._shares.touch(ref.tenant_id for ref in cold)
+        if not self._make_room(wanted):
+            return False
+        for ref in cold:
+            self.counts.num_thrash += self._evictions.pop(ref.key)
+            resident = ResidentPrefix(ref, self._allocator.allocate(self._num_blocks_of(ref.layout)), asked_by)
+            self._residents[ref.key] = resident
+            self._shares.add(ref.tenant_id, len(resident.block_table))
+            self._start_load(resident)
+        return True
 
     def _check_fit(self, wanted: Mapping[str, PrefixRef]) -> None:
         """Could they be resident together, once nobody holds anything else?"""
-        needed, num_blocks = self._num_blocks(wanted.values()), self._allocator.num_blocks
+        by_tenant = self._num_blocks_by_tenant(wanted.values())
+        needed, num_blocks = by_tenant.total(), self._allocator.num_blocks
         if needed > num_blocks:
             raise PrefixFaultError(f"{len(wanted)} prefixes need {needed} blocks, the prefix pool has {num_blocks}")
-        pinned = [r.ref for digest in self._pinned - set(wanted) if (r := self._residents.get(digest)) is not None]
-        num_left = num_blocks - self._num_blocks(pinned)
+        pinned = self._num_blocks_by_tenant(
+            r.ref for key in self._pinned - set(wanted) if (r := self._residents.get(key)) is not None
+        )
+        num_left = num_blocks - pinned.total()
         if needed > num_left:
             raise PinnedRoomError(
                 f"{len(wanted)} prefixes need {needed} blocks of prefix memory, "
                 f"pinned ones leave {num_left} of {num_blocks}"
             )
+        self._shares.check_limits(by_tenant, pinned)
 
-    def _num_blocks(self, refs: Iterable[PrefixRef]) -> int:
-        return sum(self._num_blocks_of(ref.layout) for ref in refs)
+    def _num_blocks_by_tenant(self, refs: Iterable[PrefixRef]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for ref in refs:
+            found[ref.tenant_id] += self._num_blocks_of(ref.layout)
+        return found
 
-    def _make_room(self, wanted: Mapping[str, PrefixRef], cold: list[PrefixRef]) -> bool:
-        """Evict what is not `wanted`, the least recently used first, until the `cold` fit."""
-        missing = self._num_blocks(cold) - self._allocator.num_free
-        victims: list[str] = []
-        for digest, resident in self._residents.items():
-            if missing <= 0:
-                break
-            if digest in wanted or resident.ref_count or resident.state == "loading" or digest in self._pinned:
-                continue
-            victims.append(digest)
-            missing -= len(resident.block_table)
-        if missing > 0:
+    def _need(self, wanted: Mapping[str, PrefixRef]) -> Need:
+        residents = [resident for key in wanted if (resident := self._residents.get(key)) is not None]
+        return Need(
+            total=self._num_blocks_by_tenant(wanted.values()),
+            cold=self._num_blocks_by_tenant(ref for key, ref in wanted.items() if key not in self._residents),
+            idle=self._num_blocks_by_tenant(resident.ref for resident in residents if self._is_idle(resident)),
+        )
+
+    def _is_idle(self, resident: ResidentPrefix) -> bool:
+        """It could be evicted."""
+        return not (resident.ref_count or resident.state == "loading" or resident.ref.key in self._pinned)
+
+    def _idle(self, wanted: Collection[str]) -> Iterator[ResidentPrefix]:
+        """What could be evicted and is not wanted, the least recently used first."""
+        return (r for r in self._residents.values() if self._is_idle(r) and r.ref.key not in wanted)
+
+    def _count_idle(self, resident: ResidentPrefix, sign: int) -> None:
+        """It was idle until now (-1), or may be from now on (1)."""
+        if self._is_idle(resident):
+            self._shares.add_idle(resident.ref.tenant_id, sign * len(resident.block_table))
+
+    def _make_room(self, wanted: Mapping[str, PrefixRef]) -> bool:
+        """Evict what is not `wanted`, as the shares will have it, until what is cold of it fits."""
+        need, num_free = self._need(wanted), self._allocator.num_free
+        if self._shares.has_room(need, num_free):
+            return True
+        if not self._shares.may_have_room(need, num_free):
             return False
-        for digest in victims:
-            self.evict(digest)
+        victims = self._shares.victims(need, num_free, lambda: self._idle(wanted))
+        if victims is None:
+            return False
+        for resident in victims:
+            self.evict(resident.ref.key)
+            self._evictions.add(resident.ref.key)
         return True
+
+    def _drop(self, resident: ResidentPrefix) -> None:
+        self._count_idle(resident, -1)
+        del self._residents[resident.ref.key]
+        self._allocator.release(resident.block_table)
+        self._shares.remove(resident.ref.tenant_id, len(resident.block_table))

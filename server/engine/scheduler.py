@@ -1,19 +1,22 @@
-"""Who runs in this step: decode rows first, then prefill chunks, then sequences that can be admitted; beside them some
-tokens of the soft prompts that load."""
+"""Who runs in this step: decode rows first, then prefill chunks, then sequences that can be admitted, in their tenants'
+turns; beside them some tokens of the soft prompts that load."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from itertools import chain, islice
 from typing import NamedTuple
 
 from server.engine.cached_blocks import CachedBlocks
-from server.engine.errors import EngineError, QueueTimeoutError
+from server.engine.errors import EngineError, PromptTooLongError, QueueTimeoutError
+from server.engine.fair_queue import FairQueue
 from server.engine.kv_blocks import BLOCK_SIZE, num_blocks_for
-from server.engine.resident_prefixes import ResidentPrefix, ResidentPrefixes
+from server.engine.resident_prefix import ResidentPrefix
+from server.engine.resident_prefixes import ResidentPrefixes
 from server.engine.sequence import Row, Sequence
+from server.engine.tenant_policy import TenantPolicies
 
 MIN_PREFIX_TOKENS = 8  # of soft prompts that load, a step
 
@@ -30,9 +33,11 @@ class Schedule(NamedTuple):
 class Scheduler:
     """Owns `waiting` and `running`, and gives rows the blocks for their own text, which `clear` zeroes.
 
-    A waiting sequence holds its prefixes, all or none, from the first time that there is room for them, so a prefix
-    that was loaded for it is there when it starts. Sequences pass one another only where the one in front waits for a
-    prefix; while one waits for room, none behind it loads another. All rows of a sequence are admitted, grow and are
+    Tenants take turns (`FairQueue`), each with its sequences in their order. A waiting sequence holds its prefixes, all
+    or none, from the first time that there is room for them, so a prefix that was loaded for it is there when it
+    starts; it lets go of one that another tenant is due. Sequences pass one another only where the one in front waits
+    for a prefix, or its tenant has all the rows it may; while one waits for room, none behind it loads another, of
+    other tenants neither unless it waits by its own tenant's fault. All rows of a sequence are admitted, grow and are
     preempted together, and reach their sampled token in the same step.
     """
 
@@ -41,6 +46,7 @@ class Scheduler:
         own_blocks: CachedBlocks,
         residents: ResidentPrefixes,
         clear: Callable[[list[int]], None],
+        policies: TenantPolicies,
         *,
         max_rows: int,
         max_step_tokens: int,
@@ -50,10 +56,11 @@ class Scheduler:
         self._own_blocks = own_blocks
         self._residents = residents
         self._clear = clear
+        self._policies = policies
         self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
         self.max_queue_s = max_queue_s
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue(policies)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
 
@@ -75,6 +82,14 @@ class Scheduler:
         num_tokens = sum(row.num_scheduled_tokens for sequence in scheduled for row in sequence.rows)
         return Schedule(scheduled, self._schedule_prefixes(num_tokens), failed)
 
+    def check_rows(self, sequence: Sequence) -> None:
+        """Raises PromptTooLongError if its tenant may not have so many rows at once. What has started goes on."""
+        max_rows = self._policies.of(sequence.tenant_id).max_rows
+        if max_rows is not None and len(sequence.rows) > max_rows and sequence.started_s is None:
+            raise PromptTooLongError(
+                f"an ensemble of this tenant must have <= {max_rows} members, got {len(sequence.rows)}"
+            )
+
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free all it holds."""
         if sequence in self.running:
@@ -89,13 +104,15 @@ class Scheduler:
         return sum(len(sequence.rows) for sequence in self.running)
 
     def _schedule_prefixes(self, num_tokens: int) -> list[ResidentPrefix]:
-        """Soft prompts that load, those first that a sequence waits for. Beside rows that compute `num_tokens` they get
-        half as many, so that rows go on at their pace."""
+        """Soft prompts that load, those first that a sequence waits for, in the turns of the tenants that asked. Beside
+        rows that compute `num_tokens` they get half as many, so that rows go on at their pace."""
         budget = self.max_step_tokens - num_tokens
         if num_tokens:
             budget = max(MIN_PREFIX_TOKENS, min(budget, num_tokens // 2))
         scheduled = []
-        for resident in sorted(self._residents.computing, key=lambda resident: resident.ref_count == 0):
+        for resident in sorted(
+            self._residents.computing, key=lambda r: (not r.ref_count, self.waiting.counter(r.asked_by))
+        ):
             resident.num_scheduled_tokens = min(resident.num_uncomputed_tokens, budget)
             budget -= resident.num_scheduled_tokens
             if resident.num_scheduled_tokens:
@@ -103,13 +120,13 @@ class Scheduler:
         return scheduled
 
     def _grow(self, sequence: Sequence, wanted: list[int], scheduled: list[Sequence]) -> bool:
-        """Allocate blocks for the rows' next tokens, preempting the youngest. False: it was preempted itself."""
+        """Allocate blocks for the rows' next tokens, preempting others. False: it was preempted itself."""
         missing = [
             num_blocks_for(row.num_computed_tokens + count) - len(row.block_table)
             for row, count in zip(sequence.rows, wanted, strict=True)
         ]
         while not self._own_blocks.can_allocate(sum(missing)):
-            victim = self.running[-1]
+            victim = self._victim()
             if victim in scheduled:  # its blocks are written in this step
                 scheduled.remove(victim)
             self._preempt(victim)
@@ -121,12 +138,16 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue. What is evicted of its text is computed again; its prefixes stay held."""
+        """Back to the head of its tenant's queue. What is evicted of its text is computed again, its prefixes stay."""
         self.running.remove(sequence)
         self._free_blocks(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.append_first(sequence)
+
+    def _victim(self) -> Sequence:
+        """The youngest of the tenant that has had the most."""
+        return max(enumerate(self.running), key=lambda item: (self.waiting.counter(item[1].tenant_id), item[0]))[1]
 
     def _free_blocks(self, sequence: Sequence) -> None:
         blocks = [block for row in sequence.rows for block in row.unregistered_blocks]
@@ -138,24 +159,37 @@ class Scheduler:
     def _admit(self, scheduled: list[Sequence], budget: int) -> list[tuple[Sequence, EngineError]]:
         failed: list[tuple[Sequence, EngineError]] = []
         now = time.monotonic()
-        num_rows = self.num_running_rows
+        num_rows: Counter[str] = Counter()  # that run, by tenant
+        for sequence in self.running:
+            num_rows[sequence.tenant_id] += len(sequence.rows)
         can_start, may_load = True, True
+        full: set[str] = set()  # tenants that have all the rows they may
+        short: set[str] = set()  # tenants of which a sequence waits for room
         is_first = True
-        for sequence in tuple(self.waiting):
+        self._residents.begin_step()
+        for sequence in self.waiting.in_turn(num_rows):
+            tenant_id = sequence.tenant_id
+            is_asking = may_load and tenant_id not in short
             try:
-                is_held = self._hold_prefixes(sequence, may_load)
+                self.check_rows(sequence)
+                is_held = self._hold_prefixes(sequence, is_asking)
             except EngineError as error:
                 failed.append((sequence, error))
                 continue
-            may_load &= is_held
+            if is_asking and not is_held:
+                short.add(tenant_id)
+                may_load = not self._residents.claim(sequence.prefixes)
             waited_s = now - sequence.arrival_s
             if sequence.started_s is None and waited_s > self.max_queue_s:
                 message = f"waited {waited_s:.1f} s for a place, more than the limit of {self.max_queue_s:g} s"
                 failed.append((sequence, QueueTimeoutError(message)))
                 continue
-            if not can_start or not all(row.is_ready for row in sequence.rows):
+            if not can_start or tenant_id in full or not all(row.is_ready for row in sequence.rows):
                 continue
-            can_start = budget > 0 and num_rows + len(sequence.rows) <= self.max_rows
+            if not self._may_run(sequence, num_rows[tenant_id]):
+                full.add(tenant_id)
+                continue
+            can_start = budget > 0 and num_rows.total() + len(sequence.rows) <= self.max_rows
             if not can_start:
                 continue  # those behind do not pass, but their prefixes may load
             reused = [self._own_blocks.find(row) for row in sequence.rows]
@@ -172,12 +206,19 @@ class Scheduler:
                 continue
             self._start(sequence, reused, wanted, now)
             is_first = False
-            num_rows += len(sequence.rows)
+            num_rows[tenant_id] += len(sequence.rows)
             budget -= num_tokens
             scheduled.append(sequence)
+        if full:
+            self.waiting.forgo(full)
         for sequence, _ in failed:
             self.finish(sequence)
         return failed
+
+    def _may_run(self, sequence: Sequence, num_rows: int) -> bool:
+        """Beside `num_rows` of its tenant. One alone may: it was within the limit when it started, if not any more."""
+        max_rows = self._policies.of(sequence.tenant_id).max_rows
+        return max_rows is None or not num_rows or num_rows + len(sequence.rows) <= max_rows
 
     def _start(self, sequence: Sequence, reused: list[list[int]], wanted: list[int], now: float) -> None:
         for row, found in zip(sequence.rows, reused, strict=True):
@@ -190,21 +231,25 @@ class Scheduler:
             sequence.started_s = now
             num_reused = min(row.num_computed_tokens for row in sequence.rows)
             sequence.num_cached_tokens = min(num_reused, sequence.num_prompt_tokens)
+            num_tokens = sum(row.num_uncomputed_tokens + row.num_unencoded_tokens for row in sequence.rows)
+            self.waiting.charge_input(sequence.tenant_id, num_tokens)
         self.waiting.remove(sequence)
         self.running.append(sequence)
 
     def _hold_prefixes(self, sequence: Sequence, may_load: bool) -> bool:
         """Whether all prefixes of all rows are held, loaded or on their way. Raises the reason if one cannot be."""
         held = [resident for row in sequence.rows for resident in row.residents]
-        lost = next((r for r in held if self._residents.get(r.ref.digest) is not r), None)
+        lost = next((r for r in held if self._residents.get(r.ref.key) is not r), None)
         if lost is not None:  # its load failed
             self._release_prefixes(sequence)
-            failure = self._residents.failure(lost.ref.digest)
+            failure = self._residents.failure(lost.ref.key)
             if failure is not None:
                 raise failure
         elif held:
-            return True
-        found = self._residents.acquire([ref for row in sequence.rows for ref in row.prefixes], may_load=may_load)
+            if sequence.started_s is not None or not self._residents.is_claimed(held):
+                return True
+            self._release_prefixes(sequence)
+        found = self._residents.acquire(sequence.prefixes, asked_by=sequence.tenant_id, may_load=may_load)
         if found is None:
             return False
         rest = iter(found)

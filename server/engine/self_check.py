@@ -13,7 +13,7 @@ from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError
 from server.engine.kv_blocks import KVBlocks, prefix_blocks
 from server.engine.model_runner import ModelRunner
-from server.engine.resident_prefixes import ResidentPrefix
+from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sequence import PrefixRef, Row
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.12, torch.float16: 0.02}  # of the logits' largest magnitude

@@ -10,6 +10,7 @@ import time
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from server.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from server.engine.detokenizer import Detokenizer
-    from server.engine.resident_prefixes import ResidentPrefix
+    from server.engine.resident_prefix import ResidentPrefix
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 Positions = npt.NDArray[np.int64]
@@ -35,6 +36,12 @@ class PrefixRef:
 
     digest: str
     layout: Layout
+    tenant_id: str = ""  # the owner's
+
+    @cached_property
+    def key(self) -> str:
+        """Its name on the device, where equal content of two tenants is two prefixes."""
+        return f"{self.tenant_id}/{self.digest}" if self.tenant_id else self.digest
 
 
 Composition = tuple[PrefixRef, ...]  # of one row, in order; empty: the bare model
@@ -234,11 +241,13 @@ class Sequence:
         assert prompt_token_ids, "a prompt has at least one token"
         assert members
         self.request_id = request_id
+        self.tenant_id = tenant_id
         self.sampling_params = sampling_params
         self.detokenizer = detokenizer
         self.prompt_token_ids = prompt_token_ids
         self.output_token_ids: list[int] = []
         self._decoder_start_ids = decoder_start_ids
+        self.prefixes = tuple(ref for prefixes in members for ref in prefixes)  # of all rows
         max_new_tokens = sampling_params.max_new_tokens
         self.rows = tuple(
             Row(prefixes, prompt_token_ids, decoder_start_ids, max_new_tokens, tenant_id) for prefixes in members

@@ -56,7 +56,11 @@ def make_engine(model: Any, prefixes: dict[str, Prefix], *, num_blocks: int = 64
     total, num_prefix_blocks = split_pool(num_blocks * 16, 16 * 16)
     runner = ModelRunner(model, shape, KVBlocks(shape, total, torch.device("cpu")))
     return Engine(
-        runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=8, max_step_tokens=STEP_TOKENS
+        runner,
+        lambda ref: prefixes[ref.digest],
+        num_prefix_blocks=num_prefix_blocks,
+        max_rows=8,
+        max_step_tokens=STEP_TOKENS,
     )
 
 

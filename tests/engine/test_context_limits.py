@@ -54,7 +54,7 @@ def make_prefixes(shape: ModelShape) -> dict[str, Prefix]:
 
 def serve(runner: ModelRunner, prefixes: dict[str, Prefix], sequence: Sequence) -> None:
     num_prefix_blocks = split_pool(2048, 512)[1]
-    engine = Engine(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_step_tokens=100)
+    engine = Engine(runner, lambda ref: prefixes[ref.digest], num_prefix_blocks=num_prefix_blocks, max_step_tokens=100)
     engine.add(sequence)
     while engine.has_work:
         for output in engine.step():

@@ -65,7 +65,9 @@ def engine(request: pytest.FixtureRequest, way: str, kernels: CpuKernels) -> Eng
     prefixes = {GOOD: make_prefix(shape, 1.0), BAD: make_prefix(shape, float("nan"))}
     num_blocks, num_prefix_blocks = split_pool(20 * 16, 8 * 16)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu"), used))
-    return WholeSteps(runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=8, max_step_tokens=40)
+    return WholeSteps(
+        runner, lambda ref: prefixes[ref.digest], num_prefix_blocks=num_prefix_blocks, max_rows=8, max_step_tokens=40
+    )
 
 
 def make_sequence(engine: Engine, request_id: str, num_tokens: int, *members: str) -> Sequence:

@@ -105,7 +105,7 @@ def run_steps(family: str) -> int:
     num_blocks, num_prefix_blocks = split_pool(512, 256)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, META))
     engine = WholeSteps(
-        runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=24
+        runner, lambda ref: prefixes[ref.digest], num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=24
     )
     tokenizer = letter_tokenizer()
     params = [

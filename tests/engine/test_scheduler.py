@@ -32,8 +32,8 @@ class LateLoads:
     def __init__(self) -> None:
         self.waiting: list[Callable[[], None]] = []
 
-    def submit(self, load: Callable[[Any], None], resident: Any) -> None:
-        self.waiting.append(lambda: load(resident))
+    def submit(self, load: Callable[[], None]) -> None:
+        self.waiting.append(load)
 
     def run(self, count: int | None = None) -> None:
         for load in self.waiting[:count]:
@@ -46,7 +46,7 @@ def make_engine(model: Any, prefixes: dict[str, Prefix], *, prefix_blocks: int =
     num_blocks, num_prefix_blocks = split_pool(4096, prefix_blocks * BLOCK_SIZE)
     return Engine(
         ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu"))),
-        prefixes.__getitem__,
+        lambda ref: prefixes[ref.digest],
         num_prefix_blocks=num_prefix_blocks,
         max_rows=8,
         max_step_tokens=STEP_TOKENS,

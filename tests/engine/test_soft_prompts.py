@@ -52,7 +52,11 @@ def engine(model: Any, prefixes: dict[str, Prefix], kernels: CpuKernels) -> Engi
     num_blocks, num_prefix_blocks = split_pool(4096, 1024)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu"), kernels))
     return Engine(
-        runner, prefixes.__getitem__, num_prefix_blocks=num_prefix_blocks, max_rows=40, max_step_tokens=STEP_TOKENS
+        runner,
+        lambda ref: prefixes[ref.digest],
+        num_prefix_blocks=num_prefix_blocks,
+        max_rows=40,
+        max_step_tokens=STEP_TOKENS,
     )
 
 
