@@ -11,14 +11,15 @@ MAX_LINE = 1 << 20
 
 
 class Connection:
-    """One request at a time."""
+    """One request at a time, each with the key if there is one."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: str | None = None) -> None:
         self._reader, self._writer = reader, writer
+        self._authorization = "" if key is None else f"Authorization: Bearer {key}\r\n"
 
     @classmethod
-    async def open(cls, port: int) -> Connection:
-        return cls(*await asyncio.open_connection("127.0.0.1", port, limit=MAX_LINE))
+    async def open(cls, port: int, key: str | None = None) -> Connection:
+        return cls(*await asyncio.open_connection("127.0.0.1", port, limit=MAX_LINE), key)
 
     async def close(self) -> None:
         self._writer.close()
@@ -42,7 +43,8 @@ class Connection:
     async def _pieces(self, method: str, target: str, body: Any) -> AsyncIterator[bytes]:
         content = b"" if body is None else json.dumps(body).encode()
         kind = "" if body is None else "Content-Type: application/json\r\n"
-        head = f"{method} {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n{kind}Content-Length: {len(content)}\r\n\r\n"
+        lead = f"{method} {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n{self._authorization}{kind}"
+        head = f"{lead}Content-Length: {len(content)}\r\n\r\n"
         self._writer.write(head.encode() + content)
         status_line, *lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -11,7 +11,7 @@ from workloads import Measures, Task
 from prefix_store.blobs import Blobs
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
-from server.api.state import TENANT
+from prefix_store.tenants import DEFAULT_TENANT
 from server.engine.model_runner import load_model, measure_shape, native_dtype
 from server.model_files import ModelFiles, fingerprint
 
@@ -22,5 +22,5 @@ def register(files: ModelFiles, tasks: Iterable[Task], measures: Measures, data_
     shape = measure_shape(model, files.name, fingerprint(files.path))
     store = PrefixStore(SqliteRegistry(data_dir / "registry.sqlite"), Blobs(data_dir / "blobs"), shape)
     for task in tasks:
-        store.publish(TENANT, task.name, task.prefix(measures), base="unverified")
+        store.publish(DEFAULT_TENANT, task.name, task.prefix(measures), base="unverified")
     store.close()

@@ -102,6 +102,12 @@ class Client:
         """`T`, or the version `T@V`."""
         self._request("DELETE", f"/v1/prefixes/{_quoted(target)}")
 
+    def usage(self, tenant: str | None, first_day: str | None, last_day: str | None) -> list[dict[str, Any]]:
+        given = {"tenant": tenant, "first_day": first_day, "last_day": last_day}
+        params = {name: value for name, value in given.items() if value is not None}
+        rows: list[dict[str, Any]] = self._json("GET", "/v1/usage", params=params)["usage"]
+        return rows
+
     def generate(self, task: str, text: str, max_new_tokens: int, *, details: bool = False) -> dict[str, Any]:
         body = {"inputs": text, "parameters": {"max_new_tokens": max_new_tokens, "details": details}}
         return self._json("POST", "/generate", params={"task": task}, json=body)

@@ -44,6 +44,8 @@ class Settings(BaseSettings):
     )
     model_revision: str | None = None
     data_dir: Path = Field(default_factory=default_data_dir, description="Registry and blobs.")
+    redis_url: str | None = Field(default=None, description="A registry that replicas share; none: SQLite.")
+    blob_url: str | None = Field(default=None, description="Where files are, for fsspec; none: in data_dir.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"
     quantize: Literal["int8"] | None = Field(
@@ -59,13 +61,12 @@ class Settings(BaseSettings):
     max_queue_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     max_virtual_tokens: int = Field(default=4096, ge=1)
     max_upload_bytes: ByteSize = Field(default=ByteSize(512 * MIB), gt=0)
+    operator_key_file: Path | None = Field(default=None, description="A file with one operator's key.")
     log_json: bool = False
 
     @field_validator("host")
     @classmethod
-    def _stays_on_loopback(cls, host: str) -> str:
-        if not is_loopback(host.strip("[]")):
-            raise ValueError(f"host must be a loopback address while no keys are configured, got {host}")
+    def _without_brackets(cls, host: str) -> str:
         return host.strip("[]")
 
     @field_validator("model_alias", mode="before")
@@ -75,10 +76,10 @@ class Settings(BaseSettings):
             return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "operator_key_file")
     @classmethod
-    def _expand_home(cls, path: Path) -> Path:
-        return path.expanduser()
+    def _expand_home(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser()
 
     @model_validator(mode="after")
     def _rows_fit_a_step(self) -> Settings:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from server.engine.engine_stats import EngineStats
 
 MAX_TASK_LABELS = 50
+ResidentBytes = Callable[[], dict[tuple[str, str], int]]  # by tenant and task
 
 FINE = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 TTFT_BUCKETS = (*FINE, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
@@ -62,6 +63,7 @@ class Metrics:
         self._success = counter("request_success", "Finished requests.", ("finished_reason",))
         self._rejected = counter("request_rejected", "Requests refused before they ran.", ("reason",))
         self._aborted = counter("request_aborted", "Requests aborted by their caller.")
+        self._quarantined = counter("version_quarantined", "Versions taken out of service for their faults.")
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self._inter_token = histogram("inter_token_latency_seconds", "Token to token.", INTER_TOKEN_BUCKETS)
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS)
@@ -102,7 +104,10 @@ class Metrics:
     def aborted(self) -> None:
         self._aborted.inc()
 
-    def watch(self, stats: Callable[[], EngineStats], resident_bytes_by_task: Callable[[], dict[str, int]]) -> None:
+    def quarantined(self) -> None:
+        self._quarantined.inc()
+
+    def watch(self, stats: Callable[[], EngineStats], resident_bytes_by_task: ResidentBytes) -> None:
         """Read the engine's own counts at every scrape."""
         self.registry.register(EngineCollector(stats, resident_bytes_by_task))
 
@@ -110,7 +115,7 @@ class Metrics:
 class EngineCollector(Collector):
     """What the engine counts itself has its home there; a scrape reads it."""
 
-    def __init__(self, stats: Callable[[], EngineStats], resident_bytes_by_task: Callable[[], dict[str, int]]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], resident_bytes_by_task: ResidentBytes) -> None:
         self._stats = stats
         self._resident_bytes_by_task = resident_bytes_by_task
 
@@ -129,6 +134,7 @@ class EngineCollector(Collector):
             "prefix_pinned": ("Of them, in use or pinned by the operator.", stats.num_pinned),
             "prefix_resident_bytes": ("Device memory that resident prefixes use.", stats.prefix_bytes_used),
             "prefix_pool_bytes": ("Device memory for resident prefixes.", stats.prefix_bytes_total),
+            "service_skew": ("Weighted tokens by which tenants that wait are served apart.", stats.service_skew),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"prefixserve_{name}", text, value)
@@ -146,6 +152,7 @@ class EngineCollector(Collector):
             "prefix_loads": ("Prefixes made resident.", counts.num_loads),
             "prefix_load_failures": ("Prefixes that could not be made resident.", counts.num_failed_loads),
             "prefix_evictions": ("Prefixes dropped from device memory.", counts.num_evictions),
+            "prefix_thrash": ("Loads of prefixes evicted for want of room within the last minute.", counts.num_thrash),
             "prefix_load_seconds": ("Seconds spent making prefixes resident.", counts.load_s),
         }
         for name, (text, value) in counters.items():
@@ -153,11 +160,11 @@ class EngineCollector(Collector):
         by_task = GaugeMetricFamily(
             "prefixserve_task_resident_bytes",
             "Device memory of the largest tasks.",
-            labels=["task"],
+            labels=["tenant", "task"],
         )
         ranked = sorted(self._resident_bytes_by_task().items(), key=lambda item: (-item[1], item[0]))
-        for task, num_bytes in ranked[:MAX_TASK_LABELS]:
-            by_task.add_metric([task], num_bytes)
+        for owner, num_bytes in ranked[:MAX_TASK_LABELS]:
+            by_task.add_metric(owner, num_bytes)
         if len(ranked) > MAX_TASK_LABELS:
-            by_task.add_metric(["_other"], sum(num_bytes for _, num_bytes in ranked[MAX_TASK_LABELS:]))
+            by_task.add_metric(["_other", "_other"], sum(num_bytes for _, num_bytes in ranked[MAX_TASK_LABELS:]))
         yield by_task

@@ -15,12 +15,19 @@ from transformers import AutoTokenizer
 
 from prefix_store.blobs import Blobs
 from prefix_store.local_files import CONFIG, peft_files
+from prefix_store.mirror import Mirror
 from prefix_store.prefix import ModelShape
+from prefix_store.redis_registry import RedisRegistry
+from prefix_store.registry import Registry
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
+from prefix_store.tenants import DEFAULT_TENANT
 from server.api.app import serve
-from server.api.state import TENANT, AppState
-from server.config import Settings
+from server.api.auth import KeyRing, read_operator_key
+from server.api.limits import RateLimits
+from server.api.metering import Meter
+from server.api.state import AppState
+from server.config import Settings, is_loopback
 from server.engine.async_engine import AsyncEngine
 from server.engine.cpu_kernels import CpuKernels, load_kernels
 from server.engine.engine import Engine, split_pool
@@ -47,6 +54,13 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         raise StartError(f"device must be cpu, cuda or cuda:N, got {settings.device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StartError(f"device {settings.device!r} was asked for, this torch sees no CUDA device")
+    registry = open_registry(settings)
+    keys = KeyRing(registry, read_operator_key(settings.operator_key_file))
+    if not is_loopback(settings.host) and not keys.has_keys:
+        raise StartError(
+            f"host must be a loopback address while no keys are configured, got {settings.host}; "
+            "give operator_key_file, or make a tenant with `prefixserve tenant create`"
+        )
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
     use_one_thread()
     model, shape, kernels = _checked_model(settings, files, device, kernels)
@@ -60,12 +74,10 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         ) from error
     runner = ModelRunner(model, shape, kv_blocks)
     tokenizer = AutoTokenizer.from_pretrained(files.path)
-    store = PrefixStore(
-        SqliteRegistry(settings.data_dir / "registry.sqlite"), Blobs(settings.data_dir / "blobs"), shape
-    )
+    store = PrefixStore(registry, Blobs(settings.blob_url or settings.data_dir / "blobs"), shape)
     engine = Engine(
         runner,
-        store.load,
+        lambda ref: store.load(ref.tenant_id or DEFAULT_TENANT, ref.digest),
         num_prefix_blocks=num_prefix_blocks,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         special_token_ids=frozenset(tokenizer.all_special_ids),
@@ -79,8 +91,22 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         settings=settings,
         engine=AsyncEngine(engine, tokenizer, metrics, max_queued=settings.max_queued),
         store=store,
+        registry=registry,
+        keys=keys,
+        limits=RateLimits(registry),
+        meter=Meter(registry),
         metrics=metrics,
     )
+
+
+def open_registry(settings: Settings) -> Registry:
+    """Where tasks, versions, tenants and keys are kept: a file of this server's, or what replicas share, read through a
+    copy on this one's disk."""
+    if settings.redis_url is None:
+        return SqliteRegistry(settings.data_dir / "registry.sqlite")
+    mirror = Mirror(RedisRegistry(settings.redis_url), settings.data_dir / "mirror.sqlite")
+    mirror.start()
+    return mirror
 
 
 def _checked_model(
@@ -137,9 +163,9 @@ def run(settings: Settings, console: Console, examples: Path | None = None) -> N
 def publish_examples(store: PrefixStore, folder: Path) -> None:
     """Every PEFT folder in `folder` as a task of its name, unless there is a task of that name already."""
     for path in sorted(folder.iterdir()):
-        if (path / CONFIG).is_file() and not store.has_task(TENANT, path.name):
+        if (path / CONFIG).is_file() and not store.has_task(DEFAULT_TENANT, path.name):
             prefix = store.parse_peft(*peft_files(path))
-            store.publish(TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
+            store.publish(DEFAULT_TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
 
 
 def _set_up_logs(log_json: bool) -> None:

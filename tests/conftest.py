@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 import uvicorn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefix_store.native_format import write_native
 from prefix_store.prefix import Prefix
@@ -23,15 +22,10 @@ from server.config import Settings
 from server.engine.cpu_kernels import CpuKernels, load_kernels
 from server.model_files import ModelFiles
 from server.start import make_state
+from tests.byte_model import HEAD_DIM, KV_HEADS, LAYERS, save_byte_model
 
 NAME = "tiny"
 NATIVE = "application/octet-stream"
-LAYERS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 2, 8, 32
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' and loop.first %}"
-    "{{ raise_exception('the user speaks first') }}{% endif %}"
-    "<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
-)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,30 +43,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model whose answers are varied: 256 bytes and two special tokens, 256 positions."""
-    path = tmp_path_factory.mktemp("model") / NAME
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return save_byte_model(tmp_path_factory.mktemp("model") / NAME)
 
 
 @dataclass(frozen=True)
@@ -80,6 +51,7 @@ class Served:
     url: str
     state: AppState
     http: httpx.Client
+    clients: ExitStack  # closes those of `as_key` with the server
 
     def generate(self, inputs: str, task: str | None = None, **parameters: object) -> httpx.Response:
         query = {} if task is None else {"task": task}
@@ -87,6 +59,15 @@ class Served:
 
     def put(self, task: str, body: bytes, **query: str) -> httpx.Response:
         return self.http.put(f"/v1/prefixes/{task}", params=query, content=body, headers={"Content-Type": NATIVE})
+
+    def as_key(self, key: str) -> Served:
+        """The same server, asked with a key."""
+        http = self.clients.enter_context(httpx.Client(base_url=self.url, timeout=30, headers=bearer(key)))
+        return replace(self, http=http)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 def settings_for(data_dir: Path, **more: object) -> Settings:
@@ -109,8 +90,9 @@ def serve_in_thread(state: AppState) -> Iterator[Served]:
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, timeout=30) as http:
-            yield Served(url, state, http)
+        with ExitStack() as clients:
+            http = clients.enter_context(httpx.Client(base_url=url, timeout=30))
+            yield Served(url, state, http, clients)
     finally:
         server.should_exit = True
         thread.join()
@@ -137,3 +119,23 @@ def films(served: Served) -> str:
     for seed in (1, 2):
         assert served.put("films", native(seed)).status_code == 201
     return "films"
+
+
+OPERATOR_KEY = "an-operator-key-of-more-than-32-characters"
+
+
+@pytest.fixture(scope="module")
+def keyed(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server that has keys, asked by its operator."""
+    folder = tmp_path_factory.mktemp("keyed")
+    (folder / "operator.key").write_text(OPERATOR_KEY + "\n")
+    settings = settings_for(folder / "data", operator_key_file=folder / "operator.key")
+    for served in serve_in_thread(make_state(settings, ModelFiles(model_path, NAME))):
+        yield served.as_key(OPERATOR_KEY)
+
+
+def make_tenant(keyed: Served, name: str, **limits: object) -> Served:
+    """The server as a new tenant asks it, with its first key."""
+    made = keyed.http.put(f"/v1/tenants/{name}", json={"limits": limits} if limits else {})
+    assert made.status_code == 201, made.text
+    return keyed.as_key(made.json()["key"])

@@ -17,13 +17,14 @@ import numpy
 import pytest
 import torch
 from click.testing import Result
-from conftest import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, NAME, Served, native
+from conftest import NAME, Served, native
 from safetensors.torch import load, save
 from transformers import BartConfig, BartForConditionalGeneration
 from typer.testing import CliRunner
 
 from prefix_store.prefix import Layout
 from server.cli import app
+from tests.byte_model import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "A fine film."

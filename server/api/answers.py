@@ -12,8 +12,9 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from server.api.bill import Bill
 from server.api.errors import RequestError
-from server.api.state import TENANT, AppState, Target
+from server.api.state import AppState
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, TokenOutput
@@ -53,17 +54,19 @@ class Answer:
 
 
 async def start_answers(
-    state: AppState, request: Request, prompt: str | list[int], params: list[SamplingParams], target: Target
+    state: AppState, request: Request, prompt: str | list[int], params: list[SamplingParams], bill: Bill
 ) -> list[Answer]:
-    """Admit one answer for each of `params`, all or none, and wait for their first tokens, or where members vote for
+    """Start one answer for each of `params`, all or none, and wait for their first tokens, or where members vote for
     their last. Raises the engine's errors."""
     streams: list[RequestStream] = []
+    target, tenant = bill.target, bill.caller.tenant.name
 
     async def admit(one: SamplingParams, members: tuple[Composition, ...]) -> RequestStream:
         text = streams[0].prompt_token_ids if streams else prompt  # it is tokenised once
         row_id = state.row_id(request.state.request_id)
-        stream = await state.engine.generate(text, one, members, row_id, TENANT)
+        stream = await state.engine.generate(text, one, members, row_id, tenant)
         streams.append(stream)
+        bill.watch(stream)
         return stream
 
     try:
@@ -150,8 +153,10 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-def answer_headers(target: Target, stream: RequestStream) -> dict[str, str]:
-    """The task, its version and TGI's times in milliseconds (of a stream: until its first token)."""
+def answer_headers(bill: Bill, stream: RequestStream) -> dict[str, str]:
+    """The task, its version, TGI's times in milliseconds (of a stream: until its first token), what is left of the
+    tenant's rates."""
+    target = bill.target
     queue_ms, inference_ms = round(stream.queue_s * 1000), round(stream.inference_s * 1000)
     return {
         "X-Task": target.task or "",
@@ -159,4 +164,5 @@ def answer_headers(target: Target, stream: RequestStream) -> dict[str, str]:
         "x-queue-time": str(queue_ms),
         "x-inference-time": str(inference_ms),
         "x-total-time": str(queue_ms + inference_ms),
+        **bill.headers,
     }

@@ -10,10 +10,11 @@ from types import FrameType
 import uvicorn
 from fastapi import Depends, FastAPI
 
-from server.api import errors, generate, openai, ops, prefixes
+from server.api import errors, generate, openai, ops, prefixes, records, tenants, uploads
 from server.api.gate import Gate
 from server.api.query import refuse_unknown_query
 from server.api.state import AppState
+from server.api.upkeep import Upkeep
 
 DESCRIPTION = "One frozen language model, thousands of learned prefixes, one continuous batch."
 
@@ -24,7 +25,10 @@ def create_app(state: AppState) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await state.start()
+        upkeep = Upkeep(state)
+        await upkeep.start()
         yield
+        await upkeep.stop()
         await state.engine.shutdown(drain=False)
 
     app = FastAPI(
@@ -34,7 +38,7 @@ def create_app(state: AppState) -> FastAPI:
         dependencies=[Depends(refuse_unknown_query)],
     )
     app.state.prefixserve = state
-    for module in (generate, openai, prefixes, ops):
+    for module in (generate, openai, uploads, prefixes, tenants, records, ops):
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(Gate, state=state)

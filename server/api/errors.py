@@ -15,6 +15,7 @@ from server.api.schemas import UNSUPPORTED
 from server.engine import errors as engine_errors
 
 TGI_PATHS = ("/", "/generate", "/generate_stream")
+RETRY_S = 1
 OPENAI_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
 
 
@@ -27,12 +28,15 @@ def documented(media_type: str, body: dict[str, Any]) -> Responses:
 
 
 class RequestError(Exception):
-    """What a caller got wrong: `status`, the text, and the field it concerns."""
+    """What a caller got wrong: `status`, the text, the field it concerns, and headers of the answer."""
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, *, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.headers = headers or {}
 
 
 STATUSES: dict[type[Exception], int] = {
@@ -40,11 +44,16 @@ STATUSES: dict[type[Exception], int] = {
     store_errors.ArtefactTooLargeError: 413,
     store_errors.NotFoundError: 404,
     store_errors.ConflictError: 409,
+    store_errors.DisabledError: 423,
     store_errors.PreconditionFailedError: 412,
     store_errors.DamagedBlobError: 500,
+    store_errors.InvalidTenantError: 422,
+    store_errors.InvalidChangeError: 422,
     store_errors.StorageFullError: 507,
+    store_errors.UnavailableError: 503,
     engine_errors.PromptTooLongError: 422,
     engine_errors.OverloadedError: 503,
+    engine_errors.TenantQueueFullError: 429,
     engine_errors.PrefixLoadError: 424,
     engine_errors.PrefixFaultError: 422,
     engine_errors.GenerationError: 500,
@@ -79,7 +88,13 @@ def error_response(
 
 def openai_error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 and status not in (424, 429) else "server_error"
-    code = {404: "model_not_found", 429: "rate_limit_exceeded", 503: "overloaded"}.get(status)
+    code = {
+        401: "invalid_api_key",
+        403: "permission_denied",
+        404: "model_not_found",
+        429: "rate_limit_exceeded",
+        503: "overloaded",
+    }.get(status)
     return {"message": message, "type": kind, "param": param, "code": code}
 
 
@@ -95,11 +110,11 @@ def install(app: FastAPI) -> None:
     """One handler for every exception that may reach a route's end."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
-        retry = {}
-        if isinstance(error, engine_errors.OverloadedError):
-            retry = {"Retry-After": str(error.retry_after_s)}
+        status, headers = status_of(error), dict(getattr(error, "headers", {}))
+        if status in (429, 503):
+            headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
         param = getattr(error, "param", None)
-        return error_response(request.url.path, status_of(error), str(error), param=param, headers=retry)
+        return error_response(request.url.path, status, str(error), param=param, headers=headers)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

@@ -1,4 +1,5 @@
-"""What every request passes first: its id, the loopback rules, the bounds on its body, and the count for draining."""
+"""What every request passes first: its id, its key and scope or the loopback rules, the bounds on its body, and the
+count for draining."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.auth import needed_scope
 from server.api.errors import RequestError, error_response
 from server.api.state import DRAIN_RETRY_S, AppState
 from server.config import is_loopback
@@ -21,6 +23,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 KEY_NAMES = {"key", "api_key", "api-key", "apikey", "token", "access_token", "authorization"}
 MAX_JSON_BYTES = 4 * 2**20
 MAX_DRAIN_S = 5.0
+UPLOADS = "/v1/prefixes/"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 log = structlog.get_logger()
 UNCOUNTED = ("/healthz", "/health", "/readyz", "/metrics", "/info")
@@ -55,8 +58,7 @@ class Gate:
         try:
             max_bytes = self._check(scope, headers)
         except RequestError as error:
-            retry = {"Retry-After": str(DRAIN_RETRY_S)} if error.status == 503 else None
-            response = error_response(path, error.status, str(error), headers=retry)
+            response = error_response(path, error.status, str(error), headers=error.headers)
             await _drop_body(receive, headers)
             await response(scope, receive, send_with_id)
             return
@@ -88,31 +90,42 @@ class Gate:
     def _check(self, scope: Scope, headers: Headers) -> int:
         """The bound on the body. Raises RequestError."""
         method, path = scope["method"], scope["path"]
-        host = headers.get("host", "")
-        name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host
-        if not is_loopback(name):
-            raise RequestError(403, f"Host must be a loopback name while no keys are configured, got {host[:100]!r}")
-        origin = urlsplit(headers.get("origin", "")).hostname
-        if method not in SAFE_METHODS and "origin" in headers and not (origin and is_loopback(origin)):
-            raise RequestError(403, f"Origin must be this machine, got {headers['origin'][:100]!r}")
+        if not self._state.keys.has_keys:
+            _check_loopback(method, headers)
         for key, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
             if key.lower() in KEY_NAMES:
                 raise RequestError(400, f"{key!r} in the query: a key belongs into the Authorization header")
+        needed = needed_scope(method, path)
+        if needed is not None:
+            caller = self._state.keys.caller(headers.get("authorization"))
+            caller.check_scope(needed)
+            scope["state"]["caller"] = caller
         if self._state.is_draining and path not in UNCOUNTED:
             self._state.metrics.rejected("draining")
-            raise RequestError(503, "the server is stopping")
+            raise RequestError(503, "the server is stopping", headers={"Retry-After": str(DRAIN_RETRY_S)})
         if headers.get("content-encoding", "identity") != "identity":
             raise RequestError(415, f"Content-Encoding must not be given, got {headers['content-encoding'][:40]!r}")
-        is_upload = method == "PUT"
+        is_upload = method == "PUT" and path.startswith(UPLOADS)
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if method == "POST" and kind != "application/json" and (has_body or kind):
+        if method in ("POST", "PUT") and not is_upload and kind != "application/json" and (has_body or kind):
             raise RequestError(415, f"Content-Type must be application/json, got {kind[:80]!r}")
         max_bytes = int(self._state.settings.max_upload_bytes) if is_upload else MAX_JSON_BYTES
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > max_bytes:
             raise RequestError(413, f"the body must be <= {max_bytes} bytes, got {length}")
         return max_bytes
+
+
+def _check_loopback(method: str, headers: Headers) -> None:
+    """While no keys are configured only this machine may ask, and no page of another. Raises RequestError."""
+    host = headers.get("host", "")
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host
+    if not is_loopback(name):
+        raise RequestError(403, f"Host must be a loopback name while no keys are configured, got {host[:100]!r}")
+    origin = urlsplit(headers.get("origin", "")).hostname
+    if method not in SAFE_METHODS and "origin" in headers and not (origin and is_loopback(origin)):
+        raise RequestError(403, f"Origin must be this machine, got {headers['origin'][:100]!r}")
 
 
 async def _drop_body(receive: Receive, headers: Headers) -> None:

@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
+from server.api.auth import Asking, Caller
+from server.api.bill import admit
 from server.api.errors import TGI_ERRORS, RequestError, status_of, tgi_type
-from server.api.schemas import GenerateParameters, GenerateRequest
+from server.api.limits import default_tokens
+from server.api.schemas import DEFAULT_NEW_TOKENS, GenerateParameters, GenerateRequest
 from server.api.state import AppState, State, Target
 from server.engine.errors import EngineError
 from server.engine.sequence import TokenOutput
@@ -21,44 +24,72 @@ router = APIRouter(tags=["generate"], responses=TGI_ERRORS)
 TaskQuery = Annotated[
     str | None,
     Query(
-        description="A task, TASK@VERSION, or several with commas (KV prefixes, one infix); none: the bare model.",
+        description="A task, TASK@VERSION, OWNER/TASK of one that is shared, or several with commas (KV prefixes, one "
+        "infix); none: the bare model.",
         examples=["films"],
     ),
+]
+Session = Annotated[
+    str | None, Header(alias="X-Session-Id", description="Keeps to one version where a task serves several.")
 ]
 
 
 @router.post("/generate", summary="Answer, or stream with `stream`")
 @router.post("/", summary="As /generate", operation_id="generate_root")
-async def generate(request: Request, state: State, body: GenerateRequest, task: TaskQuery = None) -> Response:
+async def generate(
+    request: Request,
+    state: State,
+    caller: Asking,
+    body: GenerateRequest,
+    task: TaskQuery = None,
+    session: Session = None,
+) -> Response:
     """TGI's request and answer. `details` adds tokens with log-probabilities, the task and its version."""
-    return await _answer(request, state, body, task, streams=bool(body.stream))
+    return await _answer(request, state, caller, body, task, session, streams=bool(body.stream))
 
 
 @router.post("/generate_stream", summary="Stream tokens as server-sent events")
-async def generate_stream(request: Request, state: State, body: GenerateRequest, task: TaskQuery = None) -> Response:
+async def generate_stream(
+    request: Request,
+    state: State,
+    caller: Asking,
+    body: GenerateRequest,
+    task: TaskQuery = None,
+    session: Session = None,
+) -> Response:
     """One event a token; the last has the whole text and the details."""
-    return await _answer(request, state, body, task, streams=True)
+    return await _answer(request, state, caller, body, task, session, streams=True)
 
 
 async def _answer(
-    request: Request, state: AppState, body: GenerateRequest, task: str | None, *, streams: bool
+    request: Request,
+    state: AppState,
+    caller: Caller,
+    body: GenerateRequest,
+    task: str | None,
+    session: str | None,
+    *,
+    streams: bool,
 ) -> Response:
     parameters = body.parameters or GenerateParameters()
     if task is not None and parameters.adapter_id not in (None, task):
         raise RequestError(422, f"task {task[:80]!r} and adapter_id {str(parameters.adapter_id)[:80]!r} must agree")
     name = task if task is not None else parameters.adapter_id
-    target = await state.resolve_task(None if name in state.model_names else name)
-    (answer,) = await start_answers(state, request, body.inputs, [parameters.sampling_params()], target)
+    target = await state.resolve_task(caller, None if name in state.model_names else name, session)
+    max_new_tokens = default_tokens(caller.tenant.limits, parameters.max_new_tokens, DEFAULT_NEW_TOKENS)
     lead = body.inputs if parameters.return_full_text else ""
-    if streams:
-        return EventStream(_events(answer, target, lead), [answer], answer_headers(target, answer.stream))
-    async with answer.stream:
-        outputs = await while_connected(request, answer.finish())
+    with await admit(state, caller, target, len(body.inputs.encode()), 1, max_new_tokens) as bill:
+        params = [parameters.sampling_params(max_new_tokens)]
+        (answer,) = await start_answers(state, request, body.inputs, params, bill)
+        if streams:
+            return EventStream(_events(answer, target, lead), [answer], answer_headers(bill, answer.stream))
+        async with answer.stream:
+            outputs = await while_connected(request, answer.finish())
     reply: dict[str, Any] = {"generated_text": lead + answer.stream.generated_text}
     if parameters.details:
         tokens = [_token(output) for output in outputs]
         reply["details"] = {**_details(answer, target), "prefill": [], "tokens": tokens}
-    return JSONResponse(reply, headers=answer_headers(target, answer.stream))
+    return JSONResponse(reply, headers=answer_headers(bill, answer.stream))
 
 
 async def _events(answer: Answer, target: Target, lead: str) -> AsyncIterator[str]:

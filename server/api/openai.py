@@ -16,14 +16,18 @@ from fastapi.responses import JSONResponse, Response
 
 from prefix_store.errors import NotFoundError
 from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
+from server.api.auth import Asking, Caller
+from server.api.bill import Bill, admit
 from server.api.errors import OPENAI_ERRORS, RequestError, openai_error, status_of
+from server.api.generate import Session
+from server.api.limits import default_tokens
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
-from server.api.state import TENANT, AppState, State, Target
+from server.api.state import AppState, State, Target, named
 from server.engine.errors import EngineError
 from server.engine.sequence import TokenOutput
 
 router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
-MAX_DEFAULT_CHAT_TOKENS = 512
+DEFAULT_COMPLETION_TOKENS, MAX_DEFAULT_CHAT_TOKENS = 16, 512
 PLACEHOLDERS = ("dummy", "tgi")  # what clients made for TGI send where the URL alone names the model
 DONE = "data: [DONE]\n\n"
 
@@ -52,39 +56,54 @@ class Reply:
 
 
 @router.post("/v1/completions", summary="Complete a text")
-async def completions(request: Request, state: State, body: CompletionRequest) -> Response:
+async def completions(
+    request: Request, state: State, caller: Asking, body: CompletionRequest, session: Session = None
+) -> Response:
     """OpenAI's completions; `n`, `logprobs`, `stream`, `stream_options.include_usage`."""
-    return await _answer(request, state, body, body.text, body.max_tokens or 16, body.logprobs, "text_completion")
+    target = await _target(state, caller, body.model, session)
+    limit = default_tokens(caller.tenant.limits, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
+    with await admit(state, caller, target, len(body.text.encode()), body.n or 1, limit) as bill:
+        return await _answer(request, state, body, body.text, limit, body.logprobs, "text_completion", bill)
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation")
-async def chat_completions(request: Request, state: State, body: ChatRequest) -> Response:
+async def chat_completions(
+    request: Request, state: State, caller: Asking, body: ChatRequest, session: Session = None
+) -> Response:
     """OpenAI's chat, through the model's chat template."""
-    state.check_room()
+    target = await _target(state, caller, body.model, session)
     messages = [message.as_template_input() for message in body.messages]
-    prompt = await asyncio.to_thread(_template, state, messages)
-    limit = body.max_completion_tokens or body.max_tokens
-    target = await _target(state, body.model)
-    if limit is None:
-        limit = max(1, min(MAX_DEFAULT_CHAT_TOKENS, state.engine.max_new_tokens(target.members, len(prompt))))
-    top = (body.top_logprobs or 0) if body.logprobs else None
-    return await _answer(request, state, body, prompt, limit, top, "chat.completion")
+    given = body.max_completion_tokens or body.max_tokens
+    limit = default_tokens(caller.tenant.limits, given, MAX_DEFAULT_CHAT_TOKENS)
+    num_bytes = sum(len(message["content"].encode()) for message in messages)
+    with await admit(state, caller, target, num_bytes, body.n or 1, limit) as bill:
+        prompt = await asyncio.to_thread(_template, state, messages)
+        if given is None:
+            limit = max(1, min(limit, state.engine.max_new_tokens(target.members, len(prompt))))
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        return await _answer(request, state, body, prompt, limit, top, "chat.completion", bill)
 
 
 @router.get("/v1/models", summary="The base model and the tasks that are live")
-async def models(state: State) -> dict[str, Any]:
-    listed = [_model(state, state.model_name, 0)]
-    after = ""
-    while tasks := await asyncio.to_thread(state.store.list_tasks, TENANT, 1000, after):
+async def models(state: State, caller: Asking) -> dict[str, Any]:
+    """The tenant's own, and those that others share with it."""
+    listed = [_model(state, state.model_name, 0)] if caller.allows_task(None) else []
+    tenant, after = caller.tenant.name, ""
+    while tasks := await asyncio.to_thread(state.store.list_tasks, tenant, 1000, after):
         live = [version for task in tasks for version in task.versions if version.version == task.active]
-        listed += [_model(state, version.task, int(version.created_at_s)) for version in live]
+        listed += [_model(state, v.task, int(v.created_at_s)) for v in live if caller.allows_task(v.task)]
         after = tasks[-1].name
+    for task in await asyncio.to_thread(state.store.list_shared, tenant):
+        for version in task.versions:
+            name = named(version, tenant)
+            if version.version == task.active and caller.allows_task(name):
+                listed.append(_model(state, name, int(version.created_at_s)))
     return {"object": "list", "data": listed}
 
 
 @router.get("/v1/models/{model:path}", summary="One of them")
-async def model(state: State, model: str) -> dict[str, Any]:
-    target = await _target(state, model)
+async def model(state: State, caller: Asking, model: str) -> dict[str, Any]:
+    target = await _target(state, caller, model)
     return _model(state, model, int(max((version.created_at_s for version in target.versions), default=0)))
 
 
@@ -93,12 +112,12 @@ def _model(state: AppState, name: str, created_s: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created_s, "owned_by": "prefixserve", "parent": parent}
 
 
-async def _target(state: AppState, name: str) -> Target:
+async def _target(state: AppState, caller: Caller, name: str, session: str | None = None) -> Target:
     try:
-        return await state.resolve_task(None if name in state.model_names else name)
+        return await state.resolve_task(caller, None if name in state.model_names else name, session)
     except NotFoundError as error:
         if name in PLACEHOLDERS:
-            return Target()
+            return await state.resolve_task(caller, None)
         raise RequestError(404, f"the model {name[:140]!r} does not exist", "model") from error
 
 
@@ -121,15 +140,16 @@ async def _answer(
     max_new_tokens: int,
     num_top_logprobs: int | None,
     kind: str,
+    bill: Bill,
 ) -> Response:
-    target = await _target(state, body.model)
+    target = bill.target
     params = [body.sampling_params(max_new_tokens, num_top_logprobs, i) for i in range(body.n or 1)]
-    answers = await start_answers(state, request, prompt, params, target)
+    answers = await start_answers(state, request, prompt, params, bill)
     prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
     reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()))
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(reply, answers, with_usage), answers, answer_headers(target, answers[0].stream))
+        return EventStream(_events(reply, answers, with_usage), answers, answer_headers(bill, answers[0].stream))
     try:
         finished = await while_connected(request, _finish_all(answers))
     finally:
@@ -147,7 +167,7 @@ async def _answer(
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         choices.append(choice)
     return JSONResponse(
-        {**reply.body(choices), "usage": _usage(answers)}, headers=answer_headers(target, answers[0].stream)
+        {**reply.body(choices), "usage": _usage(answers)}, headers=answer_headers(bill, answers[0].stream)
     )
 
 

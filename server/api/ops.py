@@ -26,10 +26,11 @@ async def healthz(state: State) -> dict[str, str]:
 
 @router.get("/readyz", summary="Ready for requests")
 async def readyz(state: State) -> dict[str, str]:
-    """503 before the model is loaded and the registry seen, and from a stop signal on."""
+    """503 before the model is loaded and the registry seen, and from a stop signal on. Without a shared registry it is
+    ready, and says that it goes on with what it saw last."""
     if not state.is_ready:
         raise RequestError(503, "the server is stopping" if state.is_draining else "the server is not ready yet")
-    return {"status": "ready"}
+    return {"status": "ready", "registry": "degraded" if state.registry.is_degraded else "ok"}
 
 
 @router.get("/info", summary="What is served")

@@ -16,9 +16,11 @@ MAX_STOPS = 16
 Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 NumTokens = Annotated[int, Field(ge=1, lt=2**31)]  # how many fit is the context's business
+VersionNumber = Annotated[int, Field(ge=1, lt=10**9)]
 MAX_CHOICES = 16
+DEFAULT_NEW_TOKENS = 128  # TGI's
 MAX_PARTS = 32  # of a composition
-MAX_MODEL_LENGTH = MAX_PARTS * 130  # a name, @, a digest, a comma
+MAX_MODEL_LENGTH = MAX_PARTS * 195  # an owner, /, a name, @, a digest, a comma
 UNSUPPORTED = "unsupported"
 
 
@@ -83,14 +85,14 @@ class GenerateParameters(WireModel):
             },
         )
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, max_new_tokens: int) -> SamplingParams:
         warps = self.temperature not in (None, 1.0) or bool(self.top_k) or self.top_p not in (None, 1.0)
         do_sample = warps if self.do_sample is None else self.do_sample
         seed = self.seed
         if do_sample and seed is None:
             seed = secrets.randbits(63)
         return SamplingParams(
-            max_new_tokens=self.max_new_tokens or 128,
+            max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             temperature=self.temperature or 1.0,
             top_k=self.top_k or 0,
@@ -243,10 +245,73 @@ class ChatRequest(OpenAIRequest):
 
 
 class ActivateRequest(WireModel):
-    """`POST /v1/prefixes/T/activate`: a number, 12 or more hex digits of the digest, or `previous`."""
+    """`POST /v1/prefixes/T/activate`: a number, 12 or more hex digits of the digest, or `previous`; or several numbers
+    with weights, each request going to one of them."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 2}, {"version": "previous"}]})
-    version: StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"version": 2}, {"version": "previous"}, {"weights": {"3": 90, "4": 10}}]}
+    )
+    version: StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    weights: dict[VersionNumber, Annotated[StrictInt, Field(ge=1, le=1_000_000)]] | None = Field(
+        None, min_length=1, max_length=4
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ActivateRequest:
+        if (self.version is None) == (self.weights is None):
+            raise ValueError("expected version or weights, got " + ("both" if self.weights else "neither"))
+        return self
+
+
+class ShareRequest(WireModel):
+    """`POST /v1/prefixes/T/share`: the tenants that may use it; none takes it back."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tenants": ["north", "south"]}, {"tenants": []}]})
+    tenants: list[Annotated[str, StringConstraints(pattern=r"^([a-z0-9][a-z0-9._-]{0,63}|\*)$")]] = Field(
+        max_length=1000
+    )
+
+
+Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
+
+
+class LimitsModel(WireModel):
+    """A tenant's limits; null is without one. Sizes are bytes. `weight` is the tenant's share beside others'."""
+
+    weight: float = Field(1.0, ge=0.01, le=1000)
+    requests_per_minute: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
+    tokens_per_minute: Annotated[StrictInt, Field(ge=1, lt=2**53)] | None = None
+    uploads_per_minute: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
+    max_rows: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
+    max_queued: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
+    max_prefixes: Count | None = None
+    max_stored_bytes: Count | None = None
+    max_resident_bytes: Count | None = None
+    max_pinned_bytes: Count | None = 0
+    max_virtual_tokens: Count | None = None
+    max_new_tokens: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
+
+
+class TenantRequest(WireModel):
+    """`PUT /v1/tenants/{name}`: all limits anew, or none to leave them."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"limits": {"weight": 2, "requests_per_minute": 600}}]})
+    limits: LimitsModel | None = None
+
+
+class KeyRequest(WireModel):
+    """`POST /v1/tenants/{name}/keys`. `tasks` are patterns as `films-*`; none: all."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"scopes": ["generate"], "tasks": ["films-*"], "expires_in_s": 86400}]}
+    )
+    scopes: list[Literal["generate", "upload", "publish", "admin", "metrics", "operator"]] | None = Field(
+        None, min_length=1, max_length=6
+    )
+    tasks: list[Annotated[str, StringConstraints(min_length=1, max_length=64)]] | None = Field(None, max_length=32)
+    expires_in_s: float | None = Field(None, gt=0, le=10 * 366 * 86400)
+    replaces: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12}$")] | None = None
+    overlap_s: float = Field(0, ge=0, le=366 * 86400)
 
 
 EXAMPLE_ENSEMBLE: dict[str, Any] = {"kind": "ensemble", "members": ["films@1", "films@2"], "rule": "mean_probs"}

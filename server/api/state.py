@@ -1,9 +1,10 @@
-"""What every route needs, passed in finished: settings, engine, store, metrics; and the look-up of a task."""
+"""What every route needs, passed in finished: settings, engine, store, keys, metrics; and the look-up of a task."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,19 +13,26 @@ from typing import Annotated
 import structlog
 from fastapi import Depends, Request
 
+from prefix_store.audit import AuditEntry
 from prefix_store.ensemble import Ensemble, Rule
 from prefix_store.prefix import Layout
-from prefix_store.registry import Version
+from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
+from prefix_store.task import Version
+from server.api.auth import Caller, KeyRing
 from server.api.errors import RequestError
+from server.api.faults import FaultWatch
+from server.api.limits import RateLimits
+from server.api.metering import Meter
 from server.api.schemas import MAX_PARTS
+from server.api.warm_start import Label
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
-from server.engine.errors import EngineError, OverloadedError
+from server.engine.errors import EngineError
 from server.engine.sequence import Composition, PrefixRef
 from server.metrics import Metrics
 
-TENANT = "default"
+MAX_SESSION = 128  # characters of X-Session-Id
 MAX_LABELS = 4096
 DRAIN_RETRY_S = 5
 log = structlog.get_logger()
@@ -32,16 +40,21 @@ log = structlog.get_logger()
 
 def refs_of(version: Version) -> tuple[PrefixRef, ...]:
     """The prefix of a version, or those of an ensemble's members."""
+    tenant = version.tenant
     if isinstance(version.content, Ensemble):
-        return tuple(PrefixRef(member.digest, member.content) for member in version.content.members)
-    return (PrefixRef(version.digest, version.content),)
+        return tuple(PrefixRef(member.digest, member.content, tenant) for member in version.content.members)
+    return (PrefixRef(version.digest, version.content, tenant),)
 
 
-def _owners(version: Version) -> dict[str, str]:
-    """By digest, the task whose version each of `refs_of` is."""
+def _labels(version: Version) -> dict[str, Label]:
+    """By key, of each of `refs_of`."""
+    tenant = version.tenant
     if isinstance(version.content, Ensemble):
-        return {member.digest: member.task for member in version.content.members}
-    return {version.digest: version.task}
+        members = version.content.members
+        labels = [Label(tenant, member.task, member.version) for member in members]
+    else:
+        labels = [Label(tenant, version.task, version.version)]
+    return {ref.key: label for ref, label in zip(refs_of(version), labels, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,12 @@ class AppState:
     settings: Settings
     engine: AsyncEngine
     store: PrefixStore
+    registry: Registry
+    keys: KeyRing
+    limits: RateLimits
+    meter: Meter
     metrics: Metrics
+    faults: FaultWatch = field(default_factory=FaultWatch)
     is_draining: bool = False
     is_registry_seen: bool = False
     num_active: int = 0
@@ -80,7 +98,7 @@ class AppState:
     _pinned: dict[str, PrefixRef] = field(default_factory=dict)
     _pinning: asyncio.Lock = field(default_factory=asyncio.Lock)
     _evictions: set[asyncio.Task[None]] = field(default_factory=set)
-    _labels: OrderedDict[str, str] = field(default_factory=OrderedDict)  # digest -> of its tasks the last in use
+    labels: OrderedDict[str, Label] = field(default_factory=OrderedDict)  # a prefix's key -> its version last in use
 
     @property
     def model_name(self) -> str:
@@ -95,36 +113,59 @@ class AppState:
     def is_ready(self) -> bool:
         return not self.is_draining and self.is_registry_seen and self.engine.is_healthy
 
-    async def resolve_task(self, name: str | None) -> Target:
-        """What `T`, `T@V` or `T,U` means now. Raises the store's NotFoundError or IncompatibleError, RequestError for
-        parts that do not go together."""
+    async def resolve_task(self, caller: Caller, name: str | None, session: str | None = None) -> Target:
+        """What `T`, `T@V`, `owner/T` or `T,U` means now for the caller; `session` keeps to one version of several.
+        Raises the store's NotFoundError, DisabledError or IncompatibleError, RequestError for parts that do not go
+        together."""
         if name is None:
+            caller.check_task(None)
             return Target()
-        num_parts = 1 + name.count(",")
-        if num_parts > MAX_PARTS:
-            raise RequestError(422, f"a composition has <= {MAX_PARTS} parts, got {num_parts}", "task")
-        versions = tuple([await asyncio.to_thread(self.store.resolve, TENANT, part) for part in name.split(",")])
-        task = ",".join(version.task for version in versions)
+        parts = name.split(",")
+        if len(parts) > MAX_PARTS:
+            raise RequestError(422, f"a composition has <= {MAX_PARTS} parts, got {len(parts)}", "task")
+        if session is not None and len(session) > MAX_SESSION:
+            raise RequestError(422, f"X-Session-Id must be <= {MAX_SESSION} characters, got {len(session)}")
+        for part in parts:
+            caller.check_task(part.partition("@")[0])
+        tenant = caller.tenant.name
+        versions = tuple([await asyncio.to_thread(self.store.resolve, tenant, part, session) for part in parts])
+        task = ",".join(named(version, tenant) for version in versions)
         refs = [refs_of(version) for version in versions]
         if len(versions) == 1 and isinstance(versions[0].content, Ensemble):
             target = Target(task, versions, tuple((ref,) for ref in refs[0]), versions[0].content.rule)
         else:
             check_composition(versions)
             target = Target(task, versions, (tuple(ref for (ref,) in refs),))
-        for version in versions:
-            for digest, owner in _owners(version).items():
-                self._labels[digest] = owner
-                self._labels.move_to_end(digest)
-        while len(self._labels) > MAX_LABELS:
-            self._labels.popitem(last=False)
+        self.label(versions)
         return target
 
-    def check_room(self) -> None:
-        """Refuse before a prompt is tokenised here. The engine decides again, by its own count."""
-        num_waiting = self.engine.stats().num_waiting
-        if num_waiting >= self.settings.max_queued:
-            self.metrics.rejected("queue_full")
-            raise OverloadedError(f"the queue holds {num_waiting} requests, its limit is {self.settings.max_queued}")
+    def label(self, versions: Iterable[Version]) -> None:
+        """Remember whose these are, for gauges and usage."""
+        for version in versions:
+            for key, label in _labels(version).items():
+                self.labels[key] = label
+                self.labels.move_to_end(key)
+        while len(self.labels) > MAX_LABELS:
+            self.labels.popitem(last=False)
+
+    async def audit(self, caller: Caller, action: str, subject: str, request: Request, tenant: str = "") -> None:
+        """Append who did what, to what of `tenant` (of the caller's own)."""
+        entry = AuditEntry(
+            tenant or caller.tenant.name, caller.actor, action, subject, time.time(), request.state.request_id
+        )
+        await asyncio.to_thread(self.registry.append_audit, entry)
+
+    async def quarantine(self, version: Version) -> None:
+        """Take a version that fails out of service, where another can take its place."""
+        changed = await asyncio.to_thread(self.store.quarantine, version.tenant, version.task, version.version)
+        if changed is None:
+            return
+        subject = f"{version.task}@{version.version}"
+        log.warning("version_quarantined", tenant=version.tenant, task=version.task, version=version.version)
+        self.metrics.quarantined()
+        entry = AuditEntry(version.tenant, "server", "quarantine", subject, time.time())
+        await asyncio.to_thread(self.registry.append_audit, entry)
+        await self.sync_pins()
 
     async def start(self) -> None:
         """Start the engine, see the registry once and make pinned prefixes resident."""
@@ -139,44 +180,50 @@ class AppState:
         """Hold exactly the active versions of pinned tasks."""
         async with self._pinning:
             versions = await asyncio.to_thread(self.store.pinned_versions)
-            wanted = {ref.digest: ref for version in versions for ref in refs_of(version)}
-            for digest in set(self._pinned) - set(wanted):
-                await self.engine.unpin(self._pinned.pop(digest))
-            for digest in set(wanted) - set(self._pinned):
+            wanted = {ref.key: ref for version in versions for ref in refs_of(version)}
+            for key in set(self._pinned) - set(wanted):
+                await self.engine.unpin(self._pinned.pop(key))
+            for key in set(wanted) - set(self._pinned):
                 try:
-                    await self.engine.pin(wanted[digest])
+                    await self.engine.pin(wanted[key])
                 except EngineError as error:  # it stays pinned in the registry and is tried again at the next change
-                    log.warning("pin_failed", digest=digest[:12], reason=str(error))
+                    log.warning("pin_failed", key=key[:80], reason=str(error))
                 else:
-                    self._pinned[digest] = wanted[digest]
+                    self._pinned[key] = wanted[key]
 
     async def free(self, versions: Iterable[Version]) -> None:
         """Give back the device memory of deleted versions, of those in use when their last row has finished. An
         ensemble has none of its own: its members are versions too."""
         for version in versions:
-            if self._labels.get(version.digest) == version.task:
-                del self._labels[version.digest]
-            task = asyncio.create_task(self._evict_when_unused(version.digest))
+            if isinstance(version.content, Ensemble):
+                continue
+            (ref,) = refs_of(version)
+            found = self.labels.get(ref.key)
+            if found is not None and found.task == version.task:
+                del self.labels[ref.key]
+            task = asyncio.create_task(self._evict_when_unused(ref))
             self._evictions.add(task)
             task.add_done_callback(self._evictions.discard)
 
-    async def _evict_when_unused(self, digest: str) -> None:
+    async def _evict_when_unused(self, ref: PrefixRef) -> None:
         """Its content may be published again meanwhile: then it stays."""
-        while self.engine.residency(digest) != "cold" and not await asyncio.to_thread(self.store.has_file, digest):
-            if await self.engine.evict(digest):
+        while self.engine.residency(ref.key) != "cold":
+            if await asyncio.to_thread(self.store.has_file, ref.tenant_id, ref.digest):
+                return
+            if await self.engine.evict(ref.key):
                 return
             await asyncio.sleep(0.1)
 
     def residency(self, version: Version) -> str:
         """`resident`, `loading` or `cold`; an ensemble is what the least of its members is."""
-        found = {self.engine.residency(ref.digest) for ref in refs_of(version)}
+        found = {self.engine.residency(ref.key) for ref in refs_of(version)}
         return next(name for name in ("cold", "loading", "resident") if name in found)
 
     def device_bytes(self, versions: Iterable[Version], *, resident: bool) -> int:
         """Of prefixes, each once: what they take now, or would take."""
-        refs = {ref.digest: ref for version in versions for ref in refs_of(version)}
+        refs = {ref.key: ref for version in versions for ref in refs_of(version)}
         if resident:
-            return sum(self.engine.resident_bytes(digest) for digest in refs)
+            return sum(self.engine.resident_bytes(key) for key in refs)
         return sum(self.engine.bytes_on_device(ref.layout) for ref in refs.values())
 
     def check_ensemble(self, ensemble: Ensemble) -> None:
@@ -192,14 +239,20 @@ class AppState:
         """An id of a row of its own, whatever id the client chose for its request."""
         return f"{request_id}.{next(self._request_ids)}"
 
-    def resident_bytes_by_task(self) -> dict[str, int]:
-        """Bytes on the device of the tasks' prefixes that are resident."""
-        found: dict[str, int] = {}
-        for digest, task in tuple(self._labels.items()):
-            num_bytes = self.engine.resident_bytes(digest)
-            if num_bytes:
-                found[task] = found.get(task, 0) + num_bytes
+    def resident_bytes_by_task(self) -> dict[tuple[str, str], int]:
+        """Bytes on the device of the tasks' prefixes that are resident, by tenant and task."""
+        found: dict[tuple[str, str], int] = {}
+        sizes = self.engine.resident_sizes()
+        for key, label in tuple(self.labels.items()):
+            if num_bytes := sizes.get(key):
+                owner = (label.tenant, label.task)
+                found[owner] = found.get(owner, 0) + num_bytes
         return found
+
+
+def named(version: Version, tenant: str) -> str:
+    """What `tenant` calls the task: `owner/T` where it is another's."""
+    return version.task if version.tenant == tenant else f"{version.tenant}/{version.task}"
 
 
 def check_composition(versions: tuple[Version, ...]) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load, save
 
 from prefix_store.native_format import write_native
 from prefix_store.prefix import Prefix
-from tests.conftest import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, NATIVE, Served, native
+from tests.byte_model import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS
+from tests.conftest import NATIVE, Served, native
 
 JSON = {"Content-Type": "application/json"}
 SEPARATOR = 46  # a full stop

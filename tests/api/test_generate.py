@@ -284,7 +284,7 @@ def test_prefix_that_cannot_be_loaded_fails_its_own_requests(served: Served) -> 
 
 def wait_for_quiet(served: Served) -> None:
     deadline_s = time.monotonic() + 15
-    while served.state.engine.stats().num_running or served.state.engine.stats().num_waiting:
+    while (stats := served.state.engine.stats()).num_running or stats.num_waiting or stats.kv_blocks_used:
         assert time.monotonic() < deadline_s, "a row outlived its caller"
         time.sleep(0.02)
 

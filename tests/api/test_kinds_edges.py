@@ -74,7 +74,7 @@ def test_a_deleted_ensemble_leaves_its_members_memory_under_their_names(served: 
     metrics = served.http.get("/metrics").text
     assert 'task="short-lived"' not in metrics
     for i in range(2):
-        assert f'prefixserve_task_resident_bytes{{task="owner-{i}"}}' in metrics
+        assert f'prefixserve_task_resident_bytes{{task="owner-{i}",tenant="default"}}' in metrics
 
 
 def test_a_deleted_task_gives_up_its_label_where_another_has_the_same_content(served: Served) -> None:

@@ -108,7 +108,7 @@ def test_metrics_count_what_happens(served: Served, films: str) -> None:
     ]:
         assert f"prefixserve_{name}" in after
     assert after["prefixserve_prefix_resident_bytes"] <= after["prefixserve_prefix_pool_bytes"]
-    assert after[f"prefixserve_task_resident_bytes[task={films}]"] > 0
+    assert after[f"prefixserve_task_resident_bytes[task={films}][tenant=default]"] > 0
 
 
 def test_finished_reasons_are_vllms(served: Served) -> None:

@@ -13,9 +13,11 @@ import httpx
 import peft
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, NAME, NATIVE, Served, native
+from conftest import NAME, NATIVE, Served, native
 from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
+
+from tests.byte_model import HIDDEN, LAYERS
 
 PROBLEM = "application/problem+json"
 
@@ -105,7 +107,7 @@ def test_activate_and_roll_back(served: Served) -> None:
         assert served.generate("x", "rolled", max_new_tokens=1).headers["X-Prefix-Version"] == str(active)
     assert_problem(served.http.post("/v1/prefixes/rolled/activate", json={"version": 9}), 404)
     assert_problem(served.http.post("/v1/prefixes/nothing/activate", json={"version": 1}), 404)
-    for body in ({}, {"version": True}, {"version": 1, "more": 2}, {"weights": {"1": 1}}):
+    for body in ({}, {"version": True}, {"version": 1, "more": 2}, {"version": 1, "weights": {"1": 1}}):
         assert_problem(served.http.post("/v1/prefixes/rolled/activate", json=body), 422)
 
 
@@ -156,7 +158,7 @@ def test_every_form_of_a_version_names_it(served: Served) -> None:
         file = served.http.get(f"/v1/prefixes/forms/versions/{form}/file")
         assert hashlib.sha256(file.content).hexdigest() == first["digest"]
         assert served.http.post(f"/v1/prefixes/forms@{form}/preload").json()["task"] == "forms"
-        assert served.state.engine.residency(first["digest"]) == "resident"
+        assert served.state.engine.residency(f"default/{first['digest']}") == "resident"
         answer = served.generate("x", f"forms@{form}", max_new_tokens=1)
         assert (answer.headers["X-Task"], answer.headers["X-Prefix-Version"]) == ("forms", "1")
         completion = {"model": f"forms@{form}", "prompt": "x", "max_tokens": 1}
@@ -223,7 +225,7 @@ def test_delete_frees_memory_and_refuses_the_active_version(served: Served) -> N
     assert_problem(served.http.delete("/v1/prefixes/deleted"), 404)
     assert served.generate("x", "deleted").status_code == 404
     deadline_s = time.monotonic() + 5
-    while any(served.state.engine.residency(digest) != "cold" for digest in digests):
+    while any(served.state.engine.residency(f"default/{digest}") != "cold" for digest in digests):
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
 

@@ -1,0 +1,74 @@
+"""What was changed and what was used: the audit and the usage, for operators and, of their own tenant, `admin` keys."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+from dataclasses import asdict, fields
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse, Response
+
+from prefix_store.usage import Usage
+from server.api.auth import Asking, Caller
+from server.api.errors import PROBLEMS, RequestError
+from server.api.metering import today
+from server.api.state import State
+
+router = APIRouter(prefix="/v1", tags=["records"], responses=PROBLEMS)
+Day = Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="UTC, as 2026-11-25.")]
+Name = Annotated[str | None, Query(max_length=64, description="An operator may ask for one tenant; none: all.")]
+FIRST_DAY, LAST_DAY = "0000-00-00", "9999-99-99"
+
+
+@router.get("/audit", summary="Who changed what, the last first")
+async def audit(
+    state: State,
+    caller: Asking,
+    tenant: Name = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    before: Annotated[int | None, Query(ge=1, description="The last number of the page before.")] = None,
+) -> dict[str, Any]:
+    whose = _whose(caller, tenant)
+    entries = await asyncio.to_thread(state.registry.list_audit, whose, limit + 1, before)
+    page = entries[:limit]
+    return {
+        "entries": [asdict(entry) for entry in page],
+        "next": page[-1].number if len(entries) > limit else None,
+    }
+
+
+@router.get("/usage", summary="What was used, by day, tenant, task and version")
+async def usage(
+    state: State,
+    caller: Asking,
+    tenant: Name = None,
+    first_day: Day = None,
+    last_day: Day = None,
+    format: Annotated[Literal["json", "csv"], Query()] = "json",
+) -> Response:
+    """From `first_day` to `last_day`, both included; neither: today. Up to some seconds ago."""
+    if first_day is None and last_day is None:
+        first_day = last_day = today()
+    await state.meter.flush()
+    rows = await asyncio.to_thread(
+        state.registry.usage, _whose(caller, tenant), first_day or FIRST_DAY, last_day or LAST_DAY
+    )
+    if format == "json":
+        return JSONResponse({"usage": [asdict(row) for row in rows]})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Usage)])
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return Response(text.getvalue(), media_type="text/csv")
+
+
+def _whose(caller: Caller, tenant: str | None) -> str | None:
+    """None: everybody's. Raises RequestError 403 for another's."""
+    if caller.is_operator:
+        return tenant
+    if tenant not in (None, caller.tenant.name):
+        raise RequestError(403, "only an operator sees other tenants' records")
+    return caller.tenant.name

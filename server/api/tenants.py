@@ -1,0 +1,185 @@
+"""Tenants as resources: their limits, their keys. A key's text is in the answer that makes it and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from prefix_store.errors import NotFoundError
+from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, SCOPES, Key, Limits, Tenant, check_tenant_name, new_key
+from server.api.auth import Asking, Caller
+from server.api.errors import PROBLEMS, RequestError
+from server.api.schemas import KeyRequest, TenantRequest
+from server.api.state import AppState, State
+
+router = APIRouter(prefix="/v1/tenants", tags=["tenants"], responses=PROBLEMS)
+NOT_STORED = {"Cache-Control": "no-store"}  # answers with a key's text
+
+
+@router.put("/{name}", summary="Make a tenant, or set its limits", status_code=201)
+async def put_tenant(
+    request: Request, state: State, caller: Asking, name: str, body: TenantRequest | None = None
+) -> Response:
+    """201 with the first key of a new tenant, 200 for one that is there. Limits that are given replace all."""
+    check_tenant_name(name)
+    limits = None if body is None or body.limits is None else Limits(**body.limits.model_dump())
+    text, key = new_key(SCOPES, time.time())
+
+    def change(found: Tenant | None) -> Tenant:
+        if found is not None:
+            return found if limits is None else replace(found, limits=limits)
+        made = DEFAULT if name == DEFAULT_TENANT else Tenant(name)
+        return replace(made, limits=limits or made.limits, keys=(key,))
+
+    made = await _change(state, name, change)
+    is_new = key in made.keys
+    await state.audit(caller, "create-tenant" if is_new else "set-limits", name, request, name)
+    return JSONResponse(_shown(made) | ({"key": text} if is_new else {}), 201 if is_new else 200, NOT_STORED)
+
+
+@router.get("", summary="List tenants by name")
+async def list_tenants(state: State) -> dict[str, Any]:
+    tenants = state.keys.tenants
+    return {"tenants": [_shown(tenants[name]) for name in sorted(tenants)]}
+
+
+@router.get("/{name}", summary="Its limits and keys")
+async def get_tenant(state: State, caller: Asking, name: str) -> dict[str, Any]:
+    """An operator sees all, an `admin` key its own tenant."""
+    return _shown(await _visible(state, caller, name))
+
+
+@router.delete("/{name}", summary="Delete a tenant with its keys, tasks and files", status_code=204)
+async def delete_tenant(request: Request, state: State, caller: Asking, name: str) -> Response:
+    await _visible(state, caller, name)
+    gone = await asyncio.to_thread(state.store.delete_tenant, name)
+    await asyncio.to_thread(state.keys.refresh)
+    await state.audit(caller, "delete-tenant", name, request, name)
+    await state.sync_pins()
+    await state.free(gone)
+    return Response(status_code=204)
+
+
+@router.post("/{name}/suspend", summary="Refuse all its keys")
+async def suspend(request: Request, state: State, caller: Asking, name: str) -> dict[str, Any]:
+    return await _set_suspended(request, state, caller, name, is_suspended=True)
+
+
+@router.post("/{name}/resume", summary="Take its keys again")
+async def resume(request: Request, state: State, caller: Asking, name: str) -> dict[str, Any]:
+    return await _set_suspended(request, state, caller, name, is_suspended=False)
+
+
+@router.post("/{name}/keys", summary="Make a key", status_code=201)
+async def make_key(request: Request, state: State, caller: Asking, name: str, body: KeyRequest) -> Response:
+    """A key that `replaces` another has its scopes and tasks where none are given; the other ends after
+    `overlap_s`."""
+    tenant = await _visible(state, caller, name)
+    old = None if body.replaces is None else tenant.key(body.replaces)
+    scopes = body.scopes or (old.scopes if old else SCOPES)
+    tasks = body.tasks if body.tasks is not None else (old.tasks if old else ())
+    _check_grant(caller, scopes, tasks)
+    now_s = time.time()
+    expires_at_s = None if body.expires_in_s is None else now_s + body.expires_in_s
+    text, key = new_key(scopes, now_s, tasks=tasks, expires_at_s=expires_at_s)
+
+    def change(found: Tenant | None) -> Tenant:
+        if found is None:
+            raise _no_tenant(name)
+        if old is not None:
+            found = found.with_expiry([found.key(old.id).id], now_s + body.overlap_s)
+        return found.with_key(key, now_s)
+
+    await _change(state, name, change)
+    await state.audit(caller, "make-key", key.id, request, name)
+    if old is not None:
+        await state.audit(caller, "expire-key", old.id, request, name)
+    shown = {"key": text, **_shown_key(key)}
+    return JSONResponse(shown, 201, NOT_STORED)
+
+
+@router.delete("/{name}/keys/{key_id}", summary="End a key at once", status_code=204)
+async def delete_key(request: Request, state: State, caller: Asking, name: str, key_id: str) -> Response:
+    await _visible(state, caller, name)
+
+    def change(found: Tenant | None) -> Tenant:
+        if found is None:
+            raise _no_tenant(name)
+        return found.without_key(key_id)
+
+    await _change(state, name, change)
+    await state.audit(caller, "delete-key", key_id, request, name)
+    return Response(status_code=204)
+
+
+async def _change(state: AppState, name: str, change: Callable[[Tenant | None], Tenant]) -> Tenant:
+    made = await asyncio.to_thread(state.registry.update_tenant, name, change)
+    assert made is not None
+    await asyncio.to_thread(state.keys.refresh)
+    return made
+
+
+async def _set_suspended(
+    request: Request, state: AppState, caller: Caller, name: str, *, is_suspended: bool
+) -> dict[str, Any]:
+    def change(found: Tenant | None) -> Tenant:
+        if found is None:
+            raise _no_tenant(name)
+        return replace(found, is_suspended=is_suspended)
+
+    made = await _change(state, name, change)
+    await state.audit(caller, "suspend" if is_suspended else "resume", name, request, name)
+    return _shown(made)
+
+
+async def _visible(state: AppState, caller: Caller, name: str) -> Tenant:
+    """As it is in the registry now. Another's and one that is not there read the same. Raises NotFoundError."""
+    found = None
+    if caller.is_operator or caller.tenant.name == name:
+        found = await asyncio.to_thread(state.registry.get_tenant, name)
+        if found is None and name == DEFAULT_TENANT:
+            found = DEFAULT
+    if found is None:
+        raise _no_tenant(name)
+    return found
+
+
+def _no_tenant(name: str) -> NotFoundError:
+    return NotFoundError(f"no tenant {name[:80]!r}")
+
+
+def _check_grant(caller: Caller, scopes: Sequence[str], tasks: Sequence[str]) -> None:
+    """Nobody gives more than they have. Raises RequestError 403."""
+    if caller.is_operator:
+        return
+    if beyond := set(scopes) - set(SCOPES):
+        raise RequestError(403, f"only an operator makes keys with the scope {', '.join(sorted(beyond))}")
+    own = caller.key.tasks if caller.key is not None else ()
+    if own and (not tasks or set(tasks) - set(own)):
+        raise RequestError(403, f"this key is for {', '.join(own)}; it makes keys for some of these only")
+
+
+def _shown(tenant: Tenant) -> dict[str, Any]:
+    return {
+        "name": tenant.name,
+        "suspended": tenant.is_suspended,
+        "limits": asdict(tenant.limits),
+        "keys": [_shown_key(key) for key in tenant.keys],
+        "revision": tenant.revision,
+    }
+
+
+def _shown_key(key: Key) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "scopes": list(key.scopes),
+        "tasks": list(key.tasks),
+        "created_at_s": key.created_at_s,
+        "expires_at_s": key.expires_at_s,
+    }

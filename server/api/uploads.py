@@ -1,0 +1,155 @@
+"""`PUT /v1/prefixes/T`: what comes in becomes a version, or a reason why not."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+
+from prefix_store.local_files import CONFIG, WEIGHTS
+from prefix_store.prefix import Prefix
+from prefix_store.task_changes import Published
+from server.api.auth import Asking
+from server.api.errors import PROBLEMS, RequestError
+from server.api.manifests import manifest
+from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
+from server.api.schemas import EXAMPLE_ENSEMBLE, EnsembleRequest
+from server.api.state import AppState, State
+
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS)
+NATIVE_TYPES = (
+    "application/octet-stream",
+    "application/safetensors",
+    "application/x-safetensors",
+    "application/vnd.safetensors",
+)
+UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {
+                "schema": {"type": "string", "format": "binary"},
+                "examples": {"native": {"summary": "curl -T films.safetensors …", "value": "(a .safetensors file)"}},
+            },
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": [CONFIG, WEIGHTS],
+                    "properties": {name: {"type": "string", "format": "binary"} for name in (CONFIG, WEIGHTS)},
+                },
+                "examples": {
+                    "peft": {
+                        "summary": f"curl -X PUT -F {CONFIG}=@{CONFIG} -F {WEIGHTS}=@{WEIGHTS} …",
+                        "value": {CONFIG: "(a JSON file)", WEIGHTS: "(a .safetensors file)"},
+                    }
+                },
+            },
+            "application/json": {
+                "schema": EnsembleRequest.model_json_schema(),
+                "examples": {"ensemble": {"summary": "An ensemble of versions", "value": EXAMPLE_ENSEMBLE}},
+            },
+        },
+    }
+}
+
+
+@router.put("/{task}", summary="Upload a new version", status_code=201, openapi_extra=UPLOAD_BODY)
+async def upload(
+    request: Request,
+    state: State,
+    caller: Asking,
+    task: str,
+    index: Annotated[int | None, Query(ge=0, description="One task of a multitask file.")] = None,
+    note: Annotated[str, Query(max_length=200)] = "",
+    activate: Annotated[Literal["auto", "true", "false"], Query()] = "auto",
+    accept_base: Annotated[bool, Query(description="Store it although it names another base model.")] = False,
+    if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """A native `.safetensors` body, multipart with PEFT's two files, or an ensemble of versions as JSON. 201 with the
+    manifest; known content is 200. A key that may not publish stores the version and leaves what is live."""
+    caller.check_task(task)
+    state.store.check_name(task)
+    if activate == "true":
+        caller.check_scope("publish")
+    goes_live = {"auto": None if caller.may("publish") else False, "true": True, "false": False}[activate]
+    precondition = precondition_of(if_match, if_none_match)
+    tenant = caller.tenant.name
+    await state.limits.admit_upload(caller.tenant)
+    async with state.uploads:
+        options: dict[str, Any] = {
+            "note": note,
+            "activate": goes_live,
+            "precondition": precondition,
+            "limits": caller.tenant.limits,
+        }
+        if _content_type(request) == "application/json":
+            if index is not None:
+                raise RequestError(422, "index picks a task of a PEFT multitask file; an ensemble names its members")
+            wanted = _ensemble(await request.body())
+            ensemble = await asyncio.to_thread(state.store.make_ensemble, tenant, wanted.members, wanted.rule)
+            state.check_ensemble(ensemble)
+            publish = partial(state.store.publish_ensemble, tenant, task, ensemble, **options)
+        else:
+            prefix = await _read(request, state, index)
+            base = state.store.match_base(prefix, accept_base)
+            await state.engine.check(prefix, tenant)
+            publish = partial(state.store.publish, tenant, task, prefix, base=base, **options)
+        published: Published = await asyncio.to_thread(publish)
+    made = f"{task}@{published.version.version}"
+    await state.audit(caller, "publish" if published.is_new else "publish-known", made, request)
+    await state.sync_pins()
+    headers = {
+        "ETag": f'"{published.task.revision}"',
+        "Location": f"/v1/prefixes/{task}/versions/{published.version.version}",
+    }
+    return JSONResponse(manifest(state, published.task, published.version), 201 if published.is_new else 200, headers)
+
+
+async def _read(request: Request, state: AppState, index: int | None) -> Prefix:
+    """The upload as a validated prefix; nothing is stored yet."""
+    kind = _content_type(request)
+    if kind == "multipart/form-data":
+        config, weights = await _parts(request)
+        return await asyncio.to_thread(state.store.parse_peft, config, weights, index)
+    if kind and kind not in NATIVE_TYPES:
+        raise RequestError(
+            415,
+            f"Content-Type must be multipart/form-data, application/json or one of {', '.join(NATIVE_TYPES)}, "
+            f"got {kind[:80]!r}",
+        )
+    if index is not None:
+        raise RequestError(422, "index picks a task of a PEFT multitask file; a native file has one")
+    return await asyncio.to_thread(state.store.parse_native, await request.body())
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _ensemble(body: bytes) -> EnsembleRequest:
+    try:
+        return EnsembleRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
+
+
+async def _parts(request: Request) -> tuple[bytes, bytes]:
+    found: dict[str, bytes] = {}
+    async with request.form(max_files=4, max_fields=4) as form:
+        for name, part in form.multi_items():
+            if name not in (CONFIG, WEIGHTS):
+                raise RequestError(422, f"multipart parts must be {CONFIG} and {WEIGHTS}, got {name[:80]!r}")
+            if name in found:
+                raise RequestError(422, f"multipart part {name} came twice")
+            found[name] = await part.read() if isinstance(part, UploadFile) else part.encode()
+    for name in (CONFIG, WEIGHTS):
+        if name not in found:
+            raise RequestError(422, f"multipart part {name} is missing")
+    return found[CONFIG], found[WEIGHTS]

@@ -1,0 +1,202 @@
+"""Commands that speak HTTP with a server: push, list, show, activate, rollback, rm, generate, usage."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from server.client import Client
+from server.options import LOCAL, AcceptBase, ApiKey, AsJson, Index, ModelOption, Url, option, settings_of
+from server.terminal import fail, plain_errors, print_json, print_table, show, upload_bar
+
+app = typer.Typer()
+
+
+@app.command()
+def push(
+    task: str,
+    path: Path,
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+    index: Index = None,
+    every: Annotated[bool, option("all", "Every task of a multitask file, as TASK-0, TASK-1, …")] = False,
+    note: Annotated[str, option("note", "Up to 200 characters.")] = "",
+    activate: Annotated[Literal["auto", "true", "false"], option("activate", "Goes live.")] = "auto",
+    accept_base: AcceptBase = False,
+    dry_run: Annotated[bool, option("dry-run", "Check the files against the model here; send nothing.")] = False,
+    model: ModelOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a PEFT folder, a native file or an ensemble (.json) as a new version of TASK."""
+    with plain_errors():
+        if every and index is not None:
+            fail("expected --index or --all, got both")
+        if path.suffix == ".json" and path.is_file():
+            if every or index is not None or dry_run:
+                fail("expected no --all, --index or --dry-run with an ensemble: its members are on the server")
+            with Client(url, api_key) as client:
+                manifest = client.push_ensemble(task, path, note=note, activate=activate)
+            if as_json:
+                print_json(manifest)
+            else:
+                _show_pushed(manifest)
+            return
+        uploads = _uploads(task, path, index, every)
+        if dry_run:
+            from server.inspection import inspect
+
+            settings = settings_of(model)
+            found = [
+                {"task": name, "dry_run": True} | asdict(inspect(path, settings, i, accept_base=accept_base, task=name))
+                for name, i in uploads
+            ]
+            _show_all(found, every, as_json)
+            raise typer.Exit(0 if all(one["fits"] for one in found) else 1)
+        with Client(url, api_key) as client:
+            found = [
+                _push(client, name, path, as_json, index=one, note=note, activate=activate, accept_base=accept_base)
+                for name, one in uploads
+            ]
+        if as_json:
+            _show_all(found, every, as_json)
+
+
+def _push(client: Client, task: str, path: Path, as_json: bool, **more: Any) -> dict[str, Any]:
+    with upload_bar() as open_file:
+        manifest = client.push(task, path, open_file=open_file, **more)
+    if not as_json:
+        _show_pushed(manifest)
+    return manifest
+
+
+def _show_pushed(manifest: dict[str, Any]) -> None:
+    print(
+        f"{manifest['task']}@{manifest['version']} {manifest['digest'][:12]} {manifest['kind']}, "
+        f"{manifest['num_virtual_tokens']} virtual tokens, base {manifest['base']}, active {manifest['active']}"
+    )
+
+
+def _uploads(task: str, path: Path, index: int | None, every: bool) -> list[tuple[str, int | None]]:
+    """Tasks and the indexes of their artefacts in the file."""
+    from prefix_store.local_files import count_tasks
+
+    if not path.exists():
+        fail(f"expected a PEFT folder, a .safetensors file or an ensemble (.json), found nothing at {path}")
+    num_tasks = count_tasks(path) if every else 1
+    return [(task, index)] if num_tasks == 1 else [(f"{task}-{i}", i) for i in range(num_tasks)]
+
+
+def _show_all(records: list[dict[str, Any]], as_list: bool, as_json: bool) -> None:
+    """One record by itself, or a list of them."""
+    if as_json and as_list:
+        print_json(records)
+        return
+    for record in records:
+        show(record, as_json)
+
+
+@app.command("list")
+def list_(url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """The tasks of a server."""
+    with plain_errors(), Client(url, api_key) as client:
+        tasks = client.list_tasks()
+    if as_json:
+        print_json(tasks)
+        return
+    names = ("kind", "num_virtual_tokens", "base")
+    rows: list[tuple[Any, ...]] = []
+    for task in tasks:
+        active: dict[str, Any] = next((v for v in task["versions"] if v["version"] == task["active"]), {})
+        described = [active.get(name, "") for name in names]
+        pinned = "yes" if task["pinned"] else ""
+        rows.append((task["task"], task["active"], len(task["versions"]), *described, task["residency"], pinned))
+    print_table(("task", "active", "versions", *names, "residency", "pinned"), rows)
+
+
+@app.command("show")
+def show_(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """One task, or TASK@VERSION: versions, residency, notes."""
+    with plain_errors(), Client(url, api_key) as client:
+        found = client.task(task)
+    if as_json or "versions" not in found:
+        show(found, as_json)
+        return
+    versions = found.pop("versions")
+    show(found, as_json)
+    names = ("version", "digest", "kind", "num_virtual_tokens", "num_bytes", "base", "status", "residency", "note")
+    for version in versions:
+        version["digest"] = version["digest"][:12]
+    print_table(names, [tuple(version[name] for name in names) for version in versions])
+
+
+@app.command()
+def activate(task: str, version: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """Make VERSION of TASK live."""
+    with plain_errors(), Client(url, api_key) as client:
+        show(client.activate(task, version), as_json)
+
+
+@app.command()
+def rollback(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """Back to the version that was live before."""
+    with plain_errors(), Client(url, api_key) as client:
+        show(client.activate(task, "previous"), as_json)
+
+
+@app.command()
+def rm(target: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """Delete TASK, or TASK@VERSION alone."""
+    with plain_errors(), Client(url, api_key) as client:
+        client.delete(target)
+    show({"deleted": target}, as_json)
+
+
+@app.command()
+def generate(
+    task: str,
+    text: str,
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+    stream: Annotated[bool, option("stream", "Token by token; with --json, one event a line.")] = False,
+    max_new_tokens: Annotated[int, option("max-new-tokens")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Answer TEXT with TASK, TASK@VERSION or the model by its name."""
+    with plain_errors(), Client(url, api_key) as client:
+        if not stream:
+            answer = client.generate(task, text, max_new_tokens, details=as_json)
+            if as_json:
+                print_json(answer)
+            else:
+                print(answer["generated_text"])
+            return
+        for event in client.generate_stream(task, text, max_new_tokens):
+            if as_json:
+                print(json.dumps(event, ensure_ascii=False), flush=True)
+            else:
+                print(event["token"]["text"], end="", flush=True)
+        if not as_json:
+            print()
+
+
+@app.command()
+def usage(
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+    tenant: Annotated[str | None, option("tenant", "One tenant; an operator may see all.")] = None,
+    first_day: Annotated[str | None, option("first-day", "As 2026-11-25, UTC; none: today.")] = None,
+    last_day: Annotated[str | None, option("last-day", "As --first-day; both are included.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What was used, by day, tenant, task and version."""
+    with plain_errors(), Client(url, api_key) as client:
+        rows = client.usage(tenant, first_day, last_day)
+    if as_json:
+        print_json(rows)
+        return
+    names = tuple(rows[0]) if rows else ("day", "tenant", "task", "version", "num_requests")
+    print_table(names, [tuple(row.values()) for row in rows])

@@ -1,0 +1,213 @@
+"""`prefixserve tenant …`: works on the registry itself, so whoever may read the data folder needs no key. A server that
+runs on it sees every change within a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.config import Settings
+from server.options import AsJson, DataDir, RedisUrl
+from server.terminal import console, plain_errors, print_json, print_table, show
+
+if TYPE_CHECKING:
+    from prefix_store.registry import Registry
+    from prefix_store.tenants import Limits, Tenant
+
+app = typer.Typer(no_args_is_help=True, help="Tenants, their keys and limits, in the registry itself.")
+ACTOR = "cli"
+Given = Annotated[
+    list[str] | None,
+    typer.Option("--limit", help="NAME=NUMBER as weight=2 or tokens_per_minute=60000; NAME=none: without. Repeatable."),
+]
+
+
+@app.command()
+def create(
+    name: str, limit: Given = None, data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: AsJson = False
+) -> None:
+    """Make a tenant; its key stands alone on the last line. One that is there stays as it is."""
+    with plain_errors():
+        from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, SCOPES, Tenant, check_tenant_name, new_key
+
+        check_tenant_name(name)
+        text, key = new_key(SCOPES, time.time())
+        made = DEFAULT if name == DEFAULT_TENANT else Tenant(name)
+        limits = _limits(made.limits, limit or [])
+
+        def change(found: Tenant | None) -> Tenant:
+            return found or replace(made, limits=limits, keys=(key,))
+
+        tenant = _change(_open(data_dir, redis_url), name, change, "create-tenant")
+        is_new = key in tenant.keys
+        if as_json:
+            print_json(_shown(tenant) | ({"key": text} if is_new else {}))
+        elif is_new:
+            console.print(f"tenant {name}; its key, which is shown this once:", highlight=False)
+            print(text)
+        else:
+            console.print(f"tenant {name} is there already; `tenant rotate` makes a key", highlight=False)
+
+
+@app.command("list")
+def list_tenants(data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: AsJson = False) -> None:
+    """All tenants."""
+    with plain_errors():
+        registry = _open(data_dir, redis_url)
+        tenants = registry.list_tenants()
+        registry.close()
+        if as_json:
+            print_json([_shown(tenant) for tenant in tenants])
+            return
+        rows = [
+            (t.name, "suspended" if t.is_suspended else "active", len(t.keys), t.limits.weight, _given(t.limits))
+            for t in tenants
+        ]
+        print_table(("tenant", "state", "keys", "weight", "limits"), rows)
+
+
+@app.command()
+def limits(
+    name: str, limit: Given = None, data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: AsJson = False
+) -> None:
+    """Show a tenant's limits, or set those that are given."""
+    with plain_errors():
+
+        def change(found: Tenant | None) -> Tenant:
+            tenant = _present(found, name)
+            return replace(tenant, limits=_limits(tenant.limits, limit or []))
+
+        tenant = _change(_open(data_dir, redis_url), name, change, "set-limits" if limit else None)
+        show(asdict(tenant.limits), as_json)
+
+
+@app.command()
+def rotate(
+    name: str,
+    overlap_s: Annotated[float, typer.Option(min=0, help="How long the keys before go on working.")] = 3600.0,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key with a tenant's four scopes, alone on the last line; its keys before end after the overlap."""
+    with plain_errors():
+        from prefix_store.tenants import SCOPES, new_key
+
+        now_s = time.time()
+        text, key = new_key(SCOPES, now_s)
+
+        def change(found: Tenant | None) -> Tenant:
+            tenant = _present(found, name)
+            return tenant.with_expiry([each.id for each in tenant.keys], now_s + overlap_s).with_key(key, now_s)
+
+        tenant = _change(_open(data_dir, redis_url), name, change, "rotate-keys")
+        if as_json:
+            print_json(_shown(tenant) | {"key": text})
+        else:
+            console.print(f"tenant {name}; its key, which is shown this once:", highlight=False)
+            print(text)
+
+
+@app.command()
+def suspend(
+    name: str,
+    undo: Annotated[bool, typer.Option("--undo", help="Take its keys again.")] = False,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Refuse all keys of a tenant."""
+    with plain_errors():
+        tenant = _change(
+            _open(data_dir, redis_url),
+            name,
+            lambda found: replace(_present(found, name), is_suspended=not undo),
+            "resume" if undo else "suspend",
+        )
+        show(_shown(tenant), as_json)
+
+
+@app.command()
+def rm(name: str, data_dir: DataDir = None, redis_url: RedisUrl = None) -> None:
+    """Delete a tenant with its keys and tasks. Its files go when a server starts on this folder next."""
+    with plain_errors():
+        registry = _open(data_dir, redis_url)
+        try:
+            registry.delete_tenant(name)
+            _audit(registry, name, "delete-tenant")
+        finally:
+            registry.close()
+
+
+def _open(data_dir: Path | None, redis_url: str | None) -> Registry:
+    from prefix_store.redis_registry import RedisRegistry  # torch takes seconds
+    from prefix_store.sqlite_registry import SqliteRegistry
+
+    if redis_url is not None:
+        return RedisRegistry(redis_url)
+    given: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
+    return SqliteRegistry(Settings(**given).data_dir / "registry.sqlite")
+
+
+def _change(registry: Registry, name: str, change: Callable[[Tenant | None], Tenant], action: str | None) -> Tenant:
+    try:
+        tenant = registry.update_tenant(name, change)
+        assert tenant is not None
+        if action is not None:
+            _audit(registry, name, action)
+        return tenant
+    finally:
+        registry.close()
+
+
+def _audit(registry: Registry, name: str, action: str) -> None:
+    from prefix_store.audit import AuditEntry
+
+    registry.append_audit(AuditEntry(name, ACTOR, action, name, time.time()))
+
+
+def _present(found: Tenant | None, name: str) -> Tenant:
+    from prefix_store.errors import NotFoundError
+
+    if found is None:
+        raise NotFoundError(f"no tenant {name[:80]!r}")
+    return found
+
+
+def _limits(before: Limits, given: list[str]) -> Limits:
+    """Checked as the server checks them. Raises pydantic's ValidationError, InvalidTenantError."""
+    from prefix_store.errors import InvalidTenantError
+    from prefix_store.tenants import Limits
+    from server.api.schemas import LimitsModel
+
+    values: dict[str, Any] = asdict(before)
+    for each in given:
+        name, equals, text = each.partition("=")
+        if name not in values or not equals:
+            raise InvalidTenantError(f"a limit is NAME=NUMBER with NAME of {', '.join(values)}, got {each[:80]!r}")
+        try:
+            values[name] = None if text == "none" else float(text) if name == "weight" else int(text)
+        except ValueError as error:
+            raise InvalidTenantError(f"{name} must be a number or none, got {text[:40]!r}") from error
+    return Limits(**LimitsModel(**values).model_dump())
+
+
+def _given(limits: Limits) -> str:
+    """Those that differ from a new tenant's."""
+    usual = asdict(type(limits)())
+    return ", ".join(f"{name}={value}" for name, value in asdict(limits).items() if value != usual[name])
+
+
+def _shown(tenant: Tenant) -> dict[str, Any]:
+    keys = [{k: v for k, v in asdict(key).items() if k != "digest"} for key in tenant.keys]
+    return {
+        "name": tenant.name,
+        "suspended": tenant.is_suspended,
+        "limits": asdict(tenant.limits),
+        "keys": keys,
+    }

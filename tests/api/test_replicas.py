@@ -1,0 +1,111 @@
+"""Two replicas on one Redis: what one changes the other serves; without Redis both go on with what they know."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for
+
+from server.model_files import ModelFiles
+from server.start import make_state
+from tests.prefix_store.redis_process import RedisProcess
+
+SEEN_S = 5.0
+PROMPT = "A fine film."
+
+
+@contextmanager
+def replica(folder: Path, redis: RedisProcess, model_path: Path, name: str) -> Iterator[Served]:
+    """Its copy of the registry is its own, the files are shared."""
+    key_file = folder / "operator.key"
+    key_file.write_text(OPERATOR_KEY)
+    settings = settings_for(
+        folder / name, operator_key_file=key_file, redis_url=redis.url, blob_url=str(folder / "blobs")
+    )
+    serving = serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))
+    try:
+        yield next(serving).as_key(OPERATOR_KEY)
+    finally:
+        with pytest.raises(StopIteration):
+            next(serving)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    process = RedisProcess(tmp_path / "redis")
+    process.start()
+    yield process
+    if process.is_running:
+        process.kill()
+
+
+@pytest.fixture
+def replicas(redis: RedisProcess, model_path: Path, tmp_path: Path) -> Iterator[tuple[Served, Served]]:
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(replica(tmp_path, redis, model_path, name)) for name in ("one", "other"))
+        yield one, other
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + SEEN_S
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def version(served: Served, task: str) -> str | int:
+    answer = served.generate(PROMPT, task, max_new_tokens=1)
+    return answer.headers["X-Prefix-Version"] if answer.status_code == 200 else answer.status_code
+
+
+def test_a_flip_a_key_and_a_deletion_reach_the_other(replicas: tuple[Served, Served]) -> None:
+    one, other = replicas
+    tenant = make_tenant(one, "north")
+    elsewhere = other.as_key(tenant.http.headers["Authorization"].split()[1])
+    eventually(lambda: elsewhere.http.get("/v1/prefixes").status_code == 200)
+    for seed in (1, 2):
+        assert tenant.put("t", native(seed)).status_code == 201
+        eventually(lambda seed=seed: version(elsewhere, "t") == str(seed))
+    assert tenant.http.post("/v1/prefixes/t/activate", json={"version": "previous"}).status_code == 200
+    eventually(lambda: version(elsewhere, "t") == "1")
+    assert elsewhere.http.delete("/v1/prefixes/t").status_code == 204
+    eventually(lambda: version(tenant, "t") == 404)
+    assert one.http.post("/v1/tenants/north/suspend").status_code == 200
+    eventually(lambda: elsewhere.http.get("/v1/prefixes").status_code == 403)
+
+
+def test_pins_are_held_by_both(replicas: tuple[Served, Served]) -> None:
+    one, other = replicas
+    assert one.put("t", native(1)).status_code == 201
+    assert one.http.put("/v1/tenants/default", json={"limits": {"max_pinned_bytes": None}}).is_success
+    assert one.http.post("/v1/prefixes/t/pin").status_code == 200
+    eventually(lambda: other.http.get("/v1/prefixes/t").json().get("residency") == "resident")
+
+
+def test_without_redis_known_tasks_answer_and_uploads_wait(
+    redis: RedisProcess, model_path: Path, tmp_path: Path
+) -> None:
+    with replica(tmp_path, redis, model_path, "one") as one:
+        with replica(tmp_path, redis, model_path, "other") as other:
+            assert one.put("t", native(1)).status_code == 201
+            eventually(lambda: version(other, "t") == "1")
+            tenant = make_tenant(one, "limited", requests_per_minute=1000)
+            redis.kill()
+            for served in (one, other):
+                assert [version(served, "t") for _ in range(3)] == ["1"] * 3
+        eventually(lambda: one.http.get("/readyz").json()["registry"] == "degraded")
+        refused = one.put("t", native(2))
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert tenant.generate(PROMPT, max_new_tokens=1).status_code == 200
+        with replica(tmp_path, redis, model_path, "other") as other:  # it starts from what is on its disk
+            assert version(other, "t") == "1"
+            assert other.http.get("/readyz").json() == {"status": "ready", "registry": "degraded"}
+            redis.start()
+            eventually(lambda: one.http.get("/readyz").json()["registry"] == "ok")
+            assert one.put("t", native(2)).status_code == 201
+            eventually(lambda: version(other, "t") == "2")

@@ -1,0 +1,106 @@
+"""`prefixserve tenant …` on the registry of a server that runs: it sees every change within a second."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from conftest import Served
+from typer.testing import CliRunner, Result
+
+from server.cli import app
+
+SEEN_S = 1.0
+
+
+@dataclass(frozen=True)
+class Commands:
+    data_dir: str
+
+    def run(self, *arguments: str) -> Result:
+        return CliRunner().invoke(app, ["tenant", *arguments], env={"PREFIXSERVE_DATA_DIR": self.data_dir})
+
+    def json(self, *arguments: str) -> Any:
+        result = self.run(*arguments, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    def refused(self, *arguments: str) -> str:
+        result = self.run(*arguments)
+        assert (result.exit_code, result.stdout) == (1, ""), result.output
+        return result.stderr
+
+
+@pytest.fixture
+def commands(keyed: Served) -> Commands:
+    return Commands(str(keyed.state.settings.data_dir))
+
+
+def within_a_second(is_so: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + SEEN_S
+    while time.monotonic() < deadline_s:
+        if is_so():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def status(served: Served) -> int:
+    return served.http.get("/v1/prefixes").status_code
+
+
+def test_a_new_tenants_key_stands_alone_on_the_last_line_and_works(keyed: Served, commands: Commands) -> None:
+    made = commands.run("create", "by-hand", "--limit", "weight=2", "--limit", "max_pinned_bytes=none")
+    assert made.exit_code == 0, made.output
+    tenant = keyed.as_key(made.stdout.splitlines()[-1])
+    assert within_a_second(lambda: status(tenant) == 200)
+    shown = keyed.http.get("/v1/tenants/by-hand").json()
+    assert (shown["limits"]["weight"], shown["limits"]["max_pinned_bytes"]) == (2, None)
+    assert shown["keys"][0]["scopes"] == ["generate", "upload", "publish", "admin"]
+    again = commands.run("create", "by-hand", "--limit", "weight=7")
+    assert (again.exit_code, again.stdout) == (0, "")
+    assert keyed.http.get("/v1/tenants/by-hand").json()["limits"]["weight"] == 2
+    assert status(tenant) == 200
+
+
+def test_limits_suspension_rotation_and_removal_are_seen(keyed: Served, commands: Commands) -> None:
+    first = commands.json("create", "turned")["key"]
+    tenant = keyed.as_key(first)
+    assert within_a_second(lambda: status(tenant) == 200)
+    assert commands.json("limits", "turned", "--limit", "requests_per_minute=1")["requests_per_minute"] == 1
+    assert within_a_second(lambda: tenant.generate("x", max_new_tokens=1).status_code == 429)
+    assert commands.json("suspend", "turned")["suspended"] is True
+    assert within_a_second(lambda: status(tenant) == 403)
+    assert commands.json("suspend", "turned", "--undo")["suspended"] is False
+    assert within_a_second(lambda: status(tenant) == 200)
+    second = keyed.as_key(commands.json("rotate", "turned", "--overlap-s", "0")["key"])
+    assert within_a_second(lambda: (status(tenant), status(second)) == (401, 200))
+    assert "turned" in [each["name"] for each in commands.json("list")]
+    assert commands.run("rm", "turned").exit_code == 0
+    assert within_a_second(lambda: status(second) == 401)
+    actions = [e["action"] for e in keyed.http.get("/v1/audit", params={"tenant": "turned"}).json()["entries"]]
+    assert actions == ["delete-tenant", "rotate-keys", "resume", "suspend", "set-limits", "create-tenant"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("create", "No Name"), "a tenant is"),
+        (("create", "x", "--limit", "weight=0"), "weight"),
+        (("create", "x", "--limit", "speed=3"), "NAME=NUMBER"),
+        (("create", "x", "--limit", "max_rows=many"), "max_rows must be a number or none"),
+        (("rotate", "nobody"), "no tenant 'nobody'"),
+        (("limits", "nobody"), "no tenant 'nobody'"),
+        (("suspend", "nobody"), "no tenant 'nobody'"),
+        (("rm", "nobody"), "no tenant 'nobody'"),
+        (("rm", "default"), "default"),
+    ],
+)
+def test_what_cannot_be_is_one_line(commands: Commands, arguments: tuple[str, ...], reason: str) -> None:
+    error = commands.refused(*arguments)
+    assert reason in error
+    assert error.count("\n") == 1
