@@ -48,7 +48,10 @@ def serve(
         Path | None, option("publish-examples", "A folder of PEFT folders, published at start.")
     ] = None,
 ) -> None:
-    """Serve on loopback. Fetches the default model if it is missing. Every option is also `PREFIXSERVE_…`."""
+    """Serve; without keys on loopback only. Fetches the default model if it is missing.
+
+    Every option is also `PREFIXSERVE_…`.
+    """
     given = {k: v for k, v in locals().items() if v not in (None, []) and k != "publish_examples"}
     with plain_errors():
         settings = Settings(**given)

@@ -55,8 +55,9 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StartError(f"device {settings.device!r} was asked for, this torch sees no CUDA device")
     registry = open_registry(settings)
-    keys = KeyRing(registry, read_operator_key(settings.operator_key_file))
-    if not is_loopback(settings.host) and not keys.has_keys:
+    is_local = is_loopback(settings.host)
+    keys = KeyRing(registry, read_operator_key(settings.operator_key_file), is_local=is_local)
+    if not is_local and not keys.has_keys:
         raise StartError(
             f"host must be a loopback address while no keys are configured, got {settings.host}; "
             "give operator_key_file, or make a tenant with `prefixserve tenant create`"

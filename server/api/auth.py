@@ -94,10 +94,12 @@ class Seen:
 
 
 class KeyRing:
-    """The tenants and keys of the registry, as they were when `refresh` was last called."""
+    """The tenants and keys of the registry, as they were when `refresh` was last called. A server that `is_local`
+    needs none."""
 
-    def __init__(self, registry: Registry, operator_key: str | None = None) -> None:
+    def __init__(self, registry: Registry, operator_key: str | None = None, *, is_local: bool = True) -> None:
         self._registry = registry
+        self._is_local = is_local
         self._operator_digest = None if operator_key is None else key_digest(operator_key)
         self._seen = Seen(-1, {}, {})  # replaced in one go: the event loop reads while a thread refreshes
         self.refresh()
@@ -118,8 +120,13 @@ class KeyRing:
 
     @property
     def has_keys(self) -> bool:
-        """From the first key on everyone needs one; also once it has expired."""
+        """One that has expired counts until it is deleted."""
         return self._operator_digest is not None or bool(self._seen.owners)
+
+    @property
+    def is_open(self) -> bool:
+        """Everyone on this machine may ask. Never where others reach the server, whatever became of its keys."""
+        return self._is_local and not self.has_keys
 
     @property
     def tenants(self) -> dict[str, Tenant]:
@@ -128,7 +135,7 @@ class KeyRing:
     def caller(self, authorization: str | None) -> Caller:
         """Raises RequestError 401 for a key that is missing, unknown or expired, 403 for a suspended tenant."""
         seen = self._seen
-        if not self.has_keys:
+        if self.is_open:
             return Caller(seen.tenants[DEFAULT_TENANT], "local", LOCAL)
         kind, _, text = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not text:

@@ -90,7 +90,7 @@ class Gate:
     def _check(self, scope: Scope, headers: Headers) -> int:
         """The bound on the body. Raises RequestError."""
         method, path = scope["method"], scope["path"]
-        if not self._state.keys.has_keys:
+        if self._state.keys.is_open:
             _check_loopback(method, headers)
         for key, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
             if key.lower() in KEY_NAMES:
