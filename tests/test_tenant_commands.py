@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Served
+from conftest import Served, native
 from typer.testing import CliRunner, Result
 
+from prefix_store.sqlite_registry import SqliteRegistry
+from prefix_store.tenants import is_key
 from server.cli import app
 
 SEEN_S = 1.0
@@ -84,6 +88,37 @@ def test_limits_suspension_rotation_and_removal_are_seen(keyed: Served, commands
     assert within_a_second(lambda: status(second) == 401)
     actions = [e["action"] for e in keyed.http.get("/v1/audit", params={"tenant": "turned"}).json()["entries"]]
     assert actions == ["delete-tenant", "rotate-keys", "resume", "suspend", "set-limits", "create-tenant"]
+
+
+def test_usage_is_shown_with_the_servers_key(keyed: Served, commands: Commands) -> None:
+    key = commands.json("create", "used")["key"]
+    tenant = keyed.as_key(key)
+    assert within_a_second(lambda: tenant.generate("x", max_new_tokens=1).status_code == 200)
+    options = ["usage", "--url", keyed.url, "--api-key", key]
+    (row,) = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    assert (row["tenant"], row["num_requests"]) == ("used", 1)
+    table = CliRunner().invoke(app, options).stdout
+    assert "resident_byte_s" in table
+    assert "used" in table
+
+
+def test_a_registry_is_copied_with_its_tenants_and_tasks(keyed: Served, commands: Commands, tmp_path: Path) -> None:
+    key = commands.json("create", "moving")["key"]
+    tenant = keyed.as_key(key)
+    assert within_a_second(lambda: tenant.put("t", native(1)).status_code == 201)
+    source, target = str(tmp_path / "source"), str(tmp_path / "target")
+    shutil.copytree(commands.data_dir, source)  # nobody writes it while it is copied
+    copied = CliRunner().invoke(app, ["registry", "copy", source, target, "--json"])
+    assert copied.exit_code == 0, copied.output
+    assert json.loads(copied.stdout)["tasks"] >= 1
+    registry = SqliteRegistry(Path(target) / "registry.sqlite")
+    moved = registry.get_tenant("moving")
+    assert moved is not None
+    assert is_key(key, moved.keys[0].digest)
+    assert registry.get_task("moving", "t") is not None
+    registry.close()
+    again = CliRunner().invoke(app, ["registry", "copy", source, source])
+    assert (again.exit_code, "expected two places" in again.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(

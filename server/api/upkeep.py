@@ -8,7 +8,8 @@ import time
 
 import structlog
 
-from prefix_store.errors import NotFoundError, PrefixStoreError, UnavailableError
+from prefix_store.errors import PrefixStoreError, UnavailableError
+from prefix_store.task import Version
 from prefix_store.usage import Usage
 from server.api.metering import today
 from server.api.state import AppState, refs_of
@@ -131,22 +132,31 @@ class Upkeep:
             log.warning("residents_not_saved", reason=str(error))
 
     async def _warm_up(self) -> None:
-        """Load what was resident, the hottest first, while there is room that nobody has asked for."""
+        """Load the hottest of what was resident, as many as there is room for that nobody has asked for; the hottest
+        last, so that it is the last to be evicted."""
+        stats = self._state.engine.stats()
+        room = stats.prefix_bytes_total - stats.prefix_bytes_used
+        found: list[Version] = []
         for label in await asyncio.to_thread(self._warm_start.saved):
+            version = await self._known(label)
+            if version is None:
+                continue
+            room -= self._state.device_bytes([version], resident=False)
+            if room < 0:
+                break
+            found.append(version)
+        for version in reversed(found):
+            self._state.label([version])
             try:
-                if not await self._load(label):
-                    return
-            except (PrefixStoreError, EngineError) as error:  # deleted, disabled or damaged meanwhile
-                log.info("not_warmed", task=label.task, version=label.version, reason=str(error)[:200])
+                await self._state.engine.preload(refs_of(version))
+            except EngineError as error:
+                log.info("not_warmed", task=version.task, version=version.version, reason=str(error)[:200])
 
-    async def _load(self, label: Label) -> bool:
-        state = self._state
-        version = await asyncio.to_thread(state.store.get_version, label.tenant, label.task, str(label.version))
-        if not state.store.is_compatible(version):
-            raise NotFoundError(f"{label.task}@{label.version} was stored for another model")
-        stats = state.engine.stats()
-        if stats.prefix_bytes_used + state.device_bytes([version], resident=False) > stats.prefix_bytes_total:
-            return False
-        state.label([version])
-        await state.engine.preload(refs_of(version))
-        return True
+    async def _known(self, label: Label) -> Version | None:
+        """None: deleted meanwhile, or stored for another model."""
+        store = self._state.store
+        try:
+            version = await asyncio.to_thread(store.get_version, label.tenant, label.task, str(label.version))
+        except PrefixStoreError:
+            return None
+        return version if store.is_compatible(version) else None
