@@ -43,3 +43,10 @@ def parse_ref(text: str) -> TaskRef:
 def is_version(text: str) -> bool:
     """Up to nine digits are a number; twelve or more hex digits, decimal ones too, are a digest's beginning."""
     return any((NUMBER.fullmatch(text), DIGEST.fullmatch(text), text == PREVIOUS))
+
+
+def known_version(task: str, text: str) -> str:
+    """A version's reference as it stands. Raises NotFoundError for one that cannot be."""
+    if not is_version(text):
+        raise NotFoundError(f"no version {text[:80]!r} of task {task!r}")
+    return text

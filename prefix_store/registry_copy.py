@@ -11,10 +11,9 @@ from prefix_store.errors import ConflictError
 from prefix_store.registry import Registry
 from prefix_store.task import Task
 from prefix_store.tenants import Tenant
-from prefix_store.usage import Usage
+from prefix_store.usage import FIRST_DAY, LAST_DAY, Usage
 
 PAGE = 500
-FIRST_DAY, LAST_DAY = "0000-00-00", "9999-99-99"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from prefix_store.errors import (
     UnavailableError,
 )
 from prefix_store.host_cache import HostCache
-from prefix_store.names import TaskRef, is_task_name, is_version, parse_ref
+from prefix_store.names import TaskRef, is_task_name, known_version, parse_ref
 from prefix_store.native_format import digest_of, read_native, write_native
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import Layout, ModelShape, Prefix
@@ -200,7 +200,7 @@ class PrefixStore:
 
     def get_version(self, tenant: str, task: str, version: str) -> Version:
         """The tenant's own, of whatever model. Raises NotFoundError."""
-        return self.get_task(tenant, task).find(_known_form(task, version))
+        return self.get_task(tenant, task).find(known_version(task, version))
 
     def list_tasks(self, tenant: str, limit: int = 100, after: str = "") -> list[Task]:
         return self._registry.list_tasks(tenant, limit, after)
@@ -216,13 +216,13 @@ class PrefixStore:
     def activate(self, tenant: str, task: str, version: str, precondition: Precondition = ANY) -> Task:
         """Point the task to a version, and clear its weights; `previous` rolls back. Raises NotFoundError,
         PreconditionFailedError."""
-        number = _known_form(task, version)
+        number = known_version(task, version)
         return self._change(tenant, task, task_changes.activate, version=number, precondition=precondition)
 
     def set_weights(self, tenant: str, task: str, weights: Mapping[str, int], precondition: Precondition = ANY) -> Task:
         """Divide the task's traffic between versions. Raises InvalidChangeError, NotFoundError,
         PreconditionFailedError."""
-        wanted = {_known_form(task, version): weight for version, weight in weights.items()}
+        wanted = {known_version(task, version): weight for version, weight in weights.items()}
         return self._change(tenant, task, task_changes.set_weights, weights=wanted, precondition=precondition)
 
     def set_pinned(self, tenant: str, task: str, is_pinned: bool) -> Task:
@@ -249,7 +249,7 @@ class PrefixStore:
 
     def delete_version(self, tenant: str, task: str, version: str, precondition: Precondition = ANY) -> Version:
         """Raises NotFoundError, PreconditionFailedError, ConflictError for one in service or in an ensemble."""
-        number = _known_form(task, version)
+        number = known_version(task, version)
         gone = self._change(tenant, task, task_changes.delete_version, version=number, precondition=precondition)
         self._drop_unused(tenant, {gone.digest})
         return gone
@@ -298,9 +298,3 @@ class PrefixStore:
         for digest in digests:
             self._loaded.drop(tenant, digest)
         self._registry.release_unused(tenant, digests, partial(self._blobs.delete, tenant))
-
-
-def _known_form(task: str, version: str) -> str:
-    if not is_version(version):
-        raise NotFoundError(f"no version {version[:80]!r} of task {task!r}")
-    return version

@@ -7,7 +7,8 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from prefix_store.errors import ConflictError, InvalidTenantError, NotFoundError
 from prefix_store.names import TASK
@@ -55,6 +56,10 @@ class Key:
     def is_valid(self, now_s: float) -> bool:
         return self.expires_at_s is None or now_s < self.expires_at_s
 
+    def described(self) -> dict[str, Any]:
+        """All but its digest."""
+        return {name: value for name, value in asdict(self).items() if name != "digest"}
+
     def allows_task(self, task: str | None) -> bool:
         """None: the bare model, which only `*` and a key without patterns allow. Of `owner/T` the whole is matched."""
         return not self.tasks or any(fnmatch.fnmatchcase(task or "", pattern) for pattern in self.tasks)
@@ -69,6 +74,16 @@ class Tenant:
     keys: tuple[Key, ...] = ()
     is_suspended: bool = False
     revision: int = 0
+
+    def described(self) -> dict[str, Any]:
+        """All but what could tell a key."""
+        return {
+            "name": self.name,
+            "suspended": self.is_suspended,
+            "limits": asdict(self.limits),
+            "keys": [key.described() for key in self.keys],
+            "revision": self.revision,
+        }
 
     def key(self, key_id: str) -> Key:
         """Raises NotFoundError."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+FIRST_DAY, LAST_DAY = "0000-00-00", "9999-99-99"  # around every day
+
 
 @dataclass(frozen=True)
 class Usage:

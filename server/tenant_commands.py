@@ -46,7 +46,7 @@ def create(
         tenant = _change(_open(data_dir, redis_url), name, change, "create-tenant")
         is_new = key in tenant.keys
         if as_json:
-            print_json(_shown(tenant) | ({"key": text} if is_new else {}))
+            print_json(tenant.described() | ({"key": text} if is_new else {}))
         elif is_new:
             console.print(f"tenant {name}; its key, which is shown this once:", highlight=False)
             print(text)
@@ -62,7 +62,7 @@ def list_tenants(data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: 
         tenants = registry.list_tenants()
         registry.close()
         if as_json:
-            print_json([_shown(tenant) for tenant in tenants])
+            print_json([tenant.described() for tenant in tenants])
             return
         rows = [
             (t.name, "suspended" if t.is_suspended else "active", len(t.keys), t.limits.weight, _given(t.limits))
@@ -107,7 +107,7 @@ def rotate(
 
         tenant = _change(_open(data_dir, redis_url), name, change, "rotate-keys")
         if as_json:
-            print_json(_shown(tenant) | {"key": text})
+            print_json(tenant.described() | {"key": text})
         else:
             console.print(f"tenant {name}; its key, which is shown this once:", highlight=False)
             print(text)
@@ -129,7 +129,7 @@ def suspend(
             lambda found: replace(_present(found, name), is_suspended=not undo),
             "resume" if undo else "suspend",
         )
-        show(_shown(tenant), as_json)
+        show(tenant.described(), as_json)
 
 
 @app.command()
@@ -183,7 +183,7 @@ def _limits(before: Limits, given: list[str]) -> Limits:
     """Checked as the server checks them. Raises pydantic's ValidationError, InvalidTenantError."""
     from prefix_store.errors import InvalidTenantError
     from prefix_store.tenants import Limits
-    from server.api.schemas import LimitsModel
+    from server.api.tenant_schemas import LimitsModel
 
     values: dict[str, Any] = asdict(before)
     for each in given:
@@ -201,13 +201,3 @@ def _given(limits: Limits) -> str:
     """Those that differ from a new tenant's."""
     usual = asdict(type(limits)())
     return ", ".join(f"{name}={value}" for name, value in asdict(limits).items() if value != usual[name])
-
-
-def _shown(tenant: Tenant) -> dict[str, Any]:
-    keys = [{k: v for k, v in asdict(key).items() if k != "digest"} for key in tenant.keys]
-    return {
-        "name": tenant.name,
-        "suspended": tenant.is_suspended,
-        "limits": asdict(tenant.limits),
-        "keys": keys,
-    }

@@ -17,7 +17,6 @@ import numpy
 import pytest
 import torch
 from click.testing import Result
-from conftest import NAME, Served, native
 from safetensors.torch import load, save
 from transformers import BartConfig, BartForConditionalGeneration
 from typer.testing import CliRunner
@@ -25,6 +24,7 @@ from typer.testing import CliRunner
 from prefix_store.prefix import Layout
 from server.cli import app
 from tests.byte_model import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS
+from tests.conftest import NAME, Served, native
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "A fine film."

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Served, native
 from typer.testing import CliRunner, Result
 
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.tenants import is_key
 from server.cli import app
+from tests.conftest import Served, native
 
 SEEN_S = 1.0
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
-from prefix_store.usage import Usage
+from prefix_store.usage import FIRST_DAY, LAST_DAY, Usage
 from server.api.auth import Asking, Caller
 from server.api.errors import PROBLEMS, RequestError
 from server.api.metering import today
@@ -20,7 +20,6 @@ from server.api.state import State
 router = APIRouter(prefix="/v1", tags=["records"], responses=PROBLEMS)
 Day = Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="UTC, as 2026-11-25.")]
 Name = Annotated[str | None, Query(max_length=64, description="An operator may ask for one tenant; none: all.")]
-FIRST_DAY, LAST_DAY = "0000-00-00", "9999-99-99"
 
 
 @router.get("/audit", summary="Who changed what, the last first")

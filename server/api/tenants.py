@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from prefix_store.errors import NotFoundError
-from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, SCOPES, Key, Limits, Tenant, check_tenant_name, new_key
+from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, SCOPES, Limits, Tenant, check_tenant_name, new_key
 from server.api.auth import Asking, Caller
 from server.api.errors import PROBLEMS, RequestError
-from server.api.schemas import KeyRequest, TenantRequest
 from server.api.state import AppState, State
+from server.api.tenant_schemas import KeyRequest, TenantRequest
 
 router = APIRouter(prefix="/v1/tenants", tags=["tenants"], responses=PROBLEMS)
 NOT_STORED = {"Cache-Control": "no-store"}  # answers with a key's text
@@ -40,19 +40,19 @@ async def put_tenant(
     made = await _change(state, name, change)
     is_new = key in made.keys
     await state.audit(caller, "create-tenant" if is_new else "set-limits", name, request, name)
-    return JSONResponse(_shown(made) | ({"key": text} if is_new else {}), 201 if is_new else 200, NOT_STORED)
+    return JSONResponse(made.described() | ({"key": text} if is_new else {}), 201 if is_new else 200, NOT_STORED)
 
 
 @router.get("", summary="List tenants by name")
 async def list_tenants(state: State) -> dict[str, Any]:
     tenants = state.keys.tenants
-    return {"tenants": [_shown(tenants[name]) for name in sorted(tenants)]}
+    return {"tenants": [tenants[name].described() for name in sorted(tenants)]}
 
 
 @router.get("/{name}", summary="Its limits and keys")
 async def get_tenant(state: State, caller: Asking, name: str) -> dict[str, Any]:
     """An operator sees all, an `admin` key its own tenant."""
-    return _shown(await _visible(state, caller, name))
+    return (await _visible(state, caller, name)).described()
 
 
 @router.delete("/{name}", summary="Delete a tenant with its keys, tasks and files", status_code=204)
@@ -100,7 +100,7 @@ async def make_key(request: Request, state: State, caller: Asking, name: str, bo
     await state.audit(caller, "make-key", key.id, request, name)
     if old is not None:
         await state.audit(caller, "expire-key", old.id, request, name)
-    shown = {"key": text, **_shown_key(key)}
+    shown = {"key": text, **key.described()}
     return JSONResponse(shown, 201, NOT_STORED)
 
 
@@ -135,7 +135,7 @@ async def _set_suspended(
 
     made = await _change(state, name, change)
     await state.audit(caller, "suspend" if is_suspended else "resume", name, request, name)
-    return _shown(made)
+    return made.described()
 
 
 async def _visible(state: AppState, caller: Caller, name: str) -> Tenant:
@@ -163,23 +163,3 @@ def _check_grant(caller: Caller, scopes: Sequence[str], tasks: Sequence[str]) ->
     own = caller.key.tasks if caller.key is not None else ()
     if own and (not tasks or set(tasks) - set(own)):
         raise RequestError(403, f"this key is for {', '.join(own)}; it makes keys for some of these only")
-
-
-def _shown(tenant: Tenant) -> dict[str, Any]:
-    return {
-        "name": tenant.name,
-        "suspended": tenant.is_suspended,
-        "limits": asdict(tenant.limits),
-        "keys": [_shown_key(key) for key in tenant.keys],
-        "revision": tenant.revision,
-    }
-
-
-def _shown_key(key: Key) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "scopes": list(key.scopes),
-        "tasks": list(key.tasks),
-        "created_at_s": key.created_at_s,
-        "expires_at_s": key.expires_at_s,
-    }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-from conftest import Served, native
-
 from tests.api.test_ops import scrape
+from tests.conftest import Served, native
 
 TEXT = "Once more, the film that everybody knows."
 

@@ -6,9 +6,10 @@ import asyncio
 
 import openai
 import pytest
-from conftest import NAME, Served
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import OverloadedError, ValidationError
+
+from tests.conftest import NAME, Served
 
 PROMPT = "A fine film."
 

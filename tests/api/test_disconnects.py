@@ -8,7 +8,7 @@ import random
 import socket
 import time
 
-from conftest import Served, native
+from tests.conftest import Served, native
 
 NUM_DISCONNECTS = 1000
 NUM_AT_ONCE = 8

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from conftest import NATIVE, Served
+
+from tests.conftest import NATIVE, Served
 
 JSON = {"Content-Type": "application/json"}
 BODY = {"inputs": "x", "parameters": {"max_new_tokens": 1}}

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Served, native
+
+from tests.conftest import Served, native
 
 PROMPT = "A fine film."
 

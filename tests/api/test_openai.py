@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import NAME, Served, native
+
+from tests.conftest import NAME, Served, native
 
 PROMPT = "A fine film."
 HELLO = [{"role": "user", "content": "Hello"}]

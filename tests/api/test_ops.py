@@ -7,12 +7,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import NAME, Served, settings_for
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api.app import create_app
 from server.model_files import ModelFiles
 from server.start import make_state
+from tests.conftest import NAME, Served, settings_for
 
 
 def scrape(served: Served) -> dict[str, float]:

@@ -13,11 +13,11 @@ import httpx
 import peft
 import pytest
 import torch
-from conftest import NAME, NATIVE, Served, native
 from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
 
 from tests.byte_model import HIDDEN, LAYERS
+from tests.conftest import NAME, NATIVE, Served, native
 
 PROBLEM = "application/problem+json"
 

@@ -8,10 +8,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for
 
 from server.model_files import ModelFiles
 from server.start import make_state
+from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for
 from tests.prefix_store.redis_process import RedisProcess
 
 SEEN_S = 5.0

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import NAME, OPERATOR_KEY, Served, bearer, make_tenant, native, settings_for
 
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.tenants import SCOPES, Tenant, new_key
@@ -19,6 +18,7 @@ from server.api.errors import RequestError
 from server.errors import StartError
 from server.model_files import ModelFiles
 from server.start import make_state
+from tests.conftest import NAME, OPERATOR_KEY, Served, bearer, make_tenant, native, settings_for
 
 PROMPT = "A fine film."
 

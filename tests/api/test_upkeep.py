@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import NAME, Served, native, serve_in_thread, settings_for
 
 from server.api.upkeep import RESIDENTS_FILE
 from server.model_files import ModelFiles
 from server.start import make_state
+from tests.conftest import NAME, Served, native, serve_in_thread, settings_for
 
 SEEN_S = 5.0
 ONE_PREFIX = 4096  # bytes on the device of a prefix in a block of 16 tokens
