@@ -11,7 +11,8 @@ serve: $(VENV)/.serve-stamp compiler
 
 test: $(VENV)/.test-stamp compiler redis lint
 	$(BIN)/prefixserve model fetch
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not program"
+	$(BIN)/python -m pytest -m program
 
 lint: $(VENV)/.test-stamp
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def running(data_dir: Path, *options: str) -> Iterator[Program]:
     with (
         (data_dir.parent / f"{data_dir.name}.log").open("ab") as log,
         subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http,
     ):
         try:
             deadline_s = time.monotonic() + READY_S

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from server.model_files import find_model
 from tests.program import ROOT, Program, running
 
+pytestmark = pytest.mark.program
 TIE, NUM_GENERATED = 1e-3, 20
 FOLDERS = {"default": ROOT / "examples", "phonemes": ROOT / "examples" / "phonemes"}
 TASKS = [(name, path.name) for name, folder in FOLDERS.items() for path in sorted((folder / "prefixes").iterdir())]

@@ -17,6 +17,7 @@ from prefix_store.native_format import write_native
 from prefix_store.prefix import Prefix
 from tests.program import ROOT, Program, running
 
+pytestmark = pytest.mark.program
 EXAMPLES = ROOT / "examples" / "prefixes"
 LAYERS, KV_HEADS, HEAD_DIM, HIDDEN = 30, 3, 64, 576
 BLOCK_BYTES = LAYERS * 2 * KV_HEADS * 16 * HEAD_DIM * 4  # of one block of the default model in fp32
