@@ -132,6 +132,8 @@ class Mirror(LocalCopy):
                 if time.monotonic() >= self._next_beat_s:
                     self._num_replicas = self._events.beat(self._replica)
                     self._next_beat_s = time.monotonic() + BEAT_S
+                    with self._adopting:
+                        self.move(self._position)  # so that a full disk is known before a change
                 self._trouble = None
                 self._advance(BLOCK_S)
             except Exception as error:  # whatever it is, what was seen last is served, and it is tried again
