@@ -42,7 +42,7 @@ from tests.prefix_store.redis_process import RedisProcess
 
 NUM_TASKS, NUM_LIMITED, NUM_STREAMS, NUM_VIRTUAL = 40, 10, 8, 5
 PAUSE_S = 0.04
-NUM_CHANGING, CHANGE_S = 4, 0.5  # streams of uploads, and as many of flips, at each replica; their pause
+NUM_CHANGING, CHANGE_S = 8, 0.5  # streams of uploads, and as many of flips, at each replica; their pause
 RESTART_AFTER = 0.25  # of the time that Redis is away
 DEGRADED_S = 5.0  # within which a replica notices
 MAX_FLIP_P99_S, MAX_CONVERGE_S, MAX_HANG_S = 0.25, 5.0, 1.0
