@@ -46,6 +46,10 @@ class RedisRegistry(RedisAccounts, Registry):
         self._commit = server.script(COMMIT)
         self._list_tasks = server.script(LIST_TASKS)
 
+    def losses(self) -> dict[str, str]:
+        """As `RedisServer.losses`."""
+        return self._server.losses()
+
     def change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None) -> T:
         if file is None:
             return self._change(tenant, decide, None, "")
