@@ -156,7 +156,7 @@ class Mirror(LocalCopy):
 
     def _advance(self, block_s: float) -> bool:
         """Adopt the events after the last one seen; whether there were any. While this one is in the stream, none that
-        came after it was trimmed, and the data is still the same."""
+        came after it was trimmed, and the data is still the same. Before any was seen, revisions say so."""
         last = self._position.event
         found = self._events.read(last, block_s)
         if self._events.has(last):
@@ -199,11 +199,12 @@ class Mirror(LocalCopy):
         """Compare all revisions. What was written meanwhile comes as an event and is read twice at worst."""
         with self._adopting:
             identity = self._events.identity()
-            is_other = identity != self._position.identity or not self._events.has(self._position.event)
+            last = self._position.event
+            is_other = identity != self._position.identity or not (last == FIRST or self._events.has(last))
             if is_other:
                 position = Position(identity, self._events.last())
             else:
-                self._catch_up()
+                self._adopt(self._events.read(last, 0))
                 position = self._position
             ours, theirs = self.revisions(), self._shared.revisions()
             for tenant in ours.keys() | theirs.keys():

@@ -68,9 +68,7 @@ class RedisEvents:
         return [_event(number, fields) for _, entries in found for number, fields in entries]
 
     def has(self, event: str) -> bool:
-        """Whether the stream still has it; `FIRST`, before all, counts as there."""
-        if event == FIRST:
-            return True
+        """Whether the stream still has it; never `FIRST`, which is before all."""
         with self._server.answering() as client:
             return bool(client.xrange(keys.EVENTS, event, event))
 
