@@ -89,7 +89,7 @@ class Replica:
 
 @dataclass
 class Phase:
-    """What happened to requests that began in it."""
+    """What happened to requests that ended in it."""
 
     took_s: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -109,6 +109,7 @@ class Run:
         self.phase = Phase()
         self.broken: list[str] = []
         self._limited_key = limited_key
+        self._clients: dict[str, httpx.AsyncClient] = {}  # made before anything is timed: each takes a while
         self._version = 1
         self._seed = 10_000
 
@@ -119,12 +120,16 @@ class Run:
 
     @asynccontextmanager
     async def load(self) -> AsyncIterator[None]:
+        for one in self.replicas:
+            self._clients[one.name] = httpx.AsyncClient(base_url=url(one), headers=bearer(), timeout=60)
         streams = [asyncio.create_task(self._ask_on(number)) for number in range(NUM_STREAMS)]
         try:
             yield
         finally:
             for stream in streams:
                 stream.cancel()
+            for client in self._clients.values():
+                await client.aclose()
             for found in await asyncio.gather(*streams, return_exceptions=True):
                 if not isinstance(found, asyncio.CancelledError):
                     raise RuntimeError("a stream of requests ended") from found
@@ -141,7 +146,7 @@ class Run:
             await asyncio.sleep(PAUSE_S * chance.uniform(0.5, 1.5))
             task = f"limited{chance.randrange(NUM_LIMITED)}" if is_limited else f"task{chance.randrange(NUM_TASKS)}"
             key = self._limited_key if is_limited else OPERATOR_KEY
-            first, phase = chance.randrange(2), self.phase
+            first = chance.randrange(2)
             parameters = {"max_new_tokens": chance.randint(1, 8), "ignore_eos": True}
             body = {"inputs": f"A fine film, number {chance.randrange(100)}.", "parameters": parameters}
             start_s = time.perf_counter()
@@ -150,14 +155,14 @@ class Run:
                     await ask(replica, key, task, body)
                 except (OSError, asyncio.IncompleteReadError) as error:
                     if not replica.is_down:
-                        phase.failed.append(f"{replica.name}: {error!r}")
+                        self.phase.failed.append(f"{replica.name}: {error!r}")
                         break
-                    phase.num_turned += 1
+                    self.phase.num_turned += 1
                 except RuntimeError as error:
-                    phase.failed.append(f"{replica.name}: {error}")
+                    self.phase.failed.append(f"{replica.name}: {error}")
                     break
                 else:
-                    phase.took_s.append(time.perf_counter() - start_s)
+                    self.phase.took_s.append(time.perf_counter() - start_s)
                     break
 
     async def flip(self, through: Replica) -> float | int:
@@ -196,25 +201,24 @@ class Run:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _change(self, statuses: Counter[str], replica: Replica, uploads: bool) -> None:
-        async with httpx.AsyncClient(base_url=url(replica), headers=bearer(), timeout=60) as http:
-            while True:
-                self._seed += 1
-                try:
-                    if uploads:
-                        task, body = f"new{self._seed % 5}", native(self._seed)
-                        answer = await http.put(f"/v1/prefixes/{task}", content=body, headers=OCTETS)
-                    else:
-                        body = {"version": self._version}
-                        answer = await http.post(f"/v1/prefixes/{FLIPPED}/activate", json=body)
-                    statuses[f"{'upload' if uploads else 'flip'} {answer.status_code}"] += 1
-                except httpx.TransportError as error:
-                    statuses[f"{type(error).__name__} {'(was down)' if replica.is_down else ''}"] += 1
-                await asyncio.sleep(CHANGE_S)
+        http = self._clients[replica.name]
+        while True:
+            self._seed += 1
+            try:
+                if uploads:
+                    task, body = f"new{self._seed % 5}", native(self._seed)
+                    answer = await http.put(f"/v1/prefixes/{task}", content=body, headers=OCTETS)
+                else:
+                    body = {"version": self._version}
+                    answer = await http.post(f"/v1/prefixes/{FLIPPED}/activate", json=body)
+                statuses[f"{'upload' if uploads else 'flip'} {answer.status_code}"] += 1
+            except httpx.TransportError as error:
+                statuses[f"{type(error).__name__} {'(was down)' if replica.is_down else ''}"] += 1
+            await asyncio.sleep(CHANGE_S)
 
     async def readiness(self, replica: Replica) -> str:
         """`ok`, `degraded`, or a status."""
-        async with httpx.AsyncClient(base_url=url(replica), timeout=5) as http:
-            answer = await http.get("/readyz")
+        answer = await self._clients[replica.name].get("/readyz")
         return str(answer.json()["registry"]) if answer.status_code == 200 else str(answer.status_code)
 
     async def flips(self, num_flips: int) -> None:

@@ -15,9 +15,7 @@ from server.api.gate import Gate
 from server.api.query import refuse_unknown_query
 from server.api.state import AppState
 from server.api.upkeep import Upkeep
-from server.engine.threads import workers
 
-MAX_WAITING = 32  # threads that wait for disks and registries, so that look-ups pass while changes hang
 DESCRIPTION = "One frozen language model, thousands of learned prefixes, one continuous batch."
 
 
@@ -26,7 +24,6 @@ def create_app(state: AppState) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_default_executor(workers(MAX_WAITING, "wait"))
         await state.start()
         upkeep = Upkeep(state)
         await upkeep.start()
