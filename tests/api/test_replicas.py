@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -110,6 +111,21 @@ def test_without_redis_known_tasks_answer_and_uploads_wait(
             eventually(lambda: one.http.get("/readyz").json()["registry"] == "ok")
             assert one.put("t", native(2)).status_code == 201
             eventually(lambda: version(other, "t") == "2")
+
+
+def test_known_tasks_answer_at_once_while_changes_wait_for_a_hanging_redis(
+    redis: RedisProcess, model_path: Path, tmp_path: Path
+) -> None:
+    with replica(tmp_path, redis, model_path, "one") as one, ThreadPoolExecutor(12) as others:
+        assert one.put("t", native(1)).status_code == 201
+        redis.stop()
+        started_s = time.monotonic()
+        waiting = [others.submit(one.http.post, "/v1/prefixes/t/activate", json={"version": "1"}) for _ in range(12)]
+        time.sleep(0.2)
+        assert version(one, "t") == "1"
+        assert time.monotonic() - started_s < 1.5
+        assert {done.result().status_code for done in waiting} == {503}
+        redis.go_on()
 
 
 def logged_at_start(redis: RedisProcess, data_dir: Path) -> list[tuple[object, object]]:
