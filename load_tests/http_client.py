@@ -11,10 +11,12 @@ MAX_LINE = 1 << 20
 
 
 class Connection:
-    """One request at a time, each with the key if there is one."""
+    """One request at a time, each with the key if there is one. `headers` are those of the last answer, in lower
+    case."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: str | None = None) -> None:
         self._reader, self._writer = reader, writer
+        self.headers: dict[str, str] = {}
         self._authorization = "" if key is None else f"Authorization: Bearer {key}\r\n"
 
     @classmethod
@@ -48,6 +50,7 @@ class Connection:
         self._writer.write(head.encode() + content)
         status_line, *lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        self.headers = headers
         status = int(status_line.split()[1])
         if status >= 400:
             reason = await self._reader.readexactly(int(headers.get("content-length", "0")))

@@ -43,6 +43,11 @@ class Served:
         self._published: set[Task] = set()
         self.ready_s = ready_s
 
+    def kill(self) -> None:
+        """As `kill -9` does."""
+        self._process.kill()
+        self._process.wait()
+
     @property
     def memory_bytes(self) -> int:
         return int(psutil.Process(self._process.pid).memory_info().rss)
@@ -126,12 +131,11 @@ class Served:
 
 
 @contextmanager
-def served(*options: str, data_dir: Path | None = None) -> Iterator[Served]:
-    """`options` are those of `serve`. Ready at entry; without a `data_dir` of the caller's its data is thrown away."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+def served(*options: str, data_dir: Path | None = None, port: int | None = None) -> Iterator[Served]:
+    """`options` are those of `serve`. Ready at entry; without a `data_dir` of the caller's its data is thrown away,
+    without a `port` it has a free one."""
+    port = port or free_port()
+    with tempfile.TemporaryDirectory() as folder:
         data = ["--data-dir", str(data_dir or Path(folder) / "data"), "--port", str(port)]
         command = [sys.executable, "-m", "server", "serve", *data, *options]
         start_s = time.perf_counter()
@@ -150,6 +154,13 @@ def served(*options: str, data_dir: Path | None = None) -> Iterator[Served]:
                 process.wait(STOP_S)
             finally:
                 process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        found: int = free.getsockname()[1]
+    return found
 
 
 def _is_ready(port: int) -> bool:

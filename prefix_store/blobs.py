@@ -8,13 +8,13 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from prefix_store.errors import DamagedBlobError, StorageFullError
+from prefix_store.errors import DamagedBlobError, StorageFullError, UnavailableError
 from prefix_store.native_format import digest_of
 from prefix_store.tenants import DEFAULT_TENANT, is_tenant_name
 
@@ -40,32 +40,31 @@ class Blobs:
         self._move_untenanted()
 
     def put(self, tenant: str, body: bytes) -> str:
-        """Store `body`; the digest. Raises StorageFullError."""
+        """Store `body`; the digest. Raises StorageFullError, UnavailableError."""
         digest = digest_of(body)
         path = self._path(tenant, digest)
         if self._fs.exists(path):
             return digest
         parent = path.rsplit("/", 1)[0]
         temporary = f"{parent}/{PART}{uuid.uuid4().hex}"
-        try:
-            self._fs.makedirs(parent, exist_ok=True)
-            if self._is_local:
-                with open(temporary, "xb") as file:
-                    file.write(body)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-                for folder in (parent, parent.rsplit("/", 1)[0], self._root):
-                    _fsync_folder(folder)
-            else:
-                self._fs.pipe_file(temporary, body)
-                self._fs.mv(temporary, path)
-        except OSError as error:
-            if self._fs.exists(temporary):
-                self._fs.rm_file(temporary)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFullError(f"no room for {len(body)} bytes: {error.strerror}") from error
-            raise
+        with _named(f"store a file of {len(body)} bytes"):
+            try:
+                self._fs.makedirs(parent, exist_ok=True)
+                if self._is_local:
+                    with open(temporary, "xb") as file:
+                        file.write(body)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(temporary, path)
+                    for folder in (parent, parent.rsplit("/", 1)[0], self._root):
+                        _fsync_folder(folder)
+                else:
+                    self._fs.pipe_file(temporary, body)
+                    self._fs.mv(temporary, path)
+            except OSError:
+                if self._fs.exists(temporary):
+                    self._fs.rm_file(temporary)
+                raise
         return digest
 
     def get(self, tenant: str, digest: str) -> bytes:
@@ -83,9 +82,11 @@ class Blobs:
         return bool(self._fs.exists(self._path(tenant, digest)))
 
     def delete(self, tenant: str, digest: str) -> None:
+        """Raises UnavailableError."""
         path = self._path(tenant, digest)
-        if self._fs.exists(path):
-            self._fs.rm_file(path)
+        with _named(f"delete the file of {digest[:12]}"):
+            if self._fs.exists(path):
+                self._fs.rm_file(path)
 
     def digests(self) -> dict[str, set[str]]:
         """All that is stored, by tenant."""
@@ -97,10 +98,11 @@ class Blobs:
         return found
 
     def sweep(self, min_age_s: float = 0.0) -> None:
-        """Remove what writers that were killed left under temporary names, if it is as old as that."""
+        """Remove what writers that were killed left under temporary names, if it is as old as that. Raises
+        UnavailableError."""
         for path in self._files():
             if path.rsplit("/", 1)[1].startswith(PART):
-                with suppress(FileNotFoundError):
+                with _named("delete what a killed writer left"), suppress(FileNotFoundError):
                     if not min_age_s or time.time() - self._fs.modified(path).timestamp() >= min_age_s:
                         self._fs.rm_file(path)
 
@@ -126,6 +128,17 @@ class Blobs:
                         os.replace(entry["name"], path)
                     else:
                         self._fs.mv(entry["name"], path)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"expected to {what}, got: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFullError(reason) from error
+        raise UnavailableError(reason) from error
 
 
 def _fsync_folder(folder: str) -> None:

@@ -14,7 +14,7 @@ PrefixStoreError
 ├── DamagedBlobError            a stored file is missing or not what was written
 ├── StorageFullError            no room on the disk
 │   └── QuotaError              no room in the tenant's own limits
-└── UnavailableError            the shared registry cannot be reached
+└── UnavailableError            the registry or a file cannot be reached or written
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TypeVar
 from prefix_store.audit import AuditEntry
 from prefix_store.buckets import Taken
 from prefix_store.draft import Draft
-from prefix_store.errors import UnavailableError
+from prefix_store.errors import StorageFullError, UnavailableError
 from prefix_store.local_copy import LocalCopy, Position
 from prefix_store.redis_events import FIRST, Event
 from prefix_store.redis_registry import RedisRegistry
@@ -30,19 +30,19 @@ RECONCILE_S = 30.0
 
 class Mirror(LocalCopy):
     """Implements `Registry`. Reads answer from a copy on this replica's disk; what is written through this mirror is in
-    the copy when the call returns, what others write a moment later. While the shared registry is away
-    (`is_degraded`) reads go on with what was seen last, keys that were revoked since among it; writes raise
-    UnavailableError, and a bucket has this replica's part of the limit.
+    the copy when the call returns, what others write a moment later. While the shared registry is away, or the copy
+    cannot be written (`is_degraded`), reads go on with what was seen last, keys that were revoked since among it;
+    writes raise UnavailableError, StorageFullError on a full disk, and a bucket has this replica's part of the limit.
 
-    A thread follows the stream of events from the last one seen. One that it missed, because the stream keeps only so
-    many, shows as a gap between a tenant's revisions; every `reconcile_s`, and when the shared registry is back, all
-    revisions are compared, and what differs is read anew.
+    A thread follows the stream of events from the last one seen. Where this one is no longer in the stream, which keeps
+    only so many, or was emptied or replaced by an older one, all is read anew. Every `reconcile_s`, and when the
+    shared registry is back, all revisions are compared, and what differs is read anew.
     """
 
     def __init__(self, shared: RedisRegistry, path: Path, *, reconcile_s: float = RECONCILE_S) -> None:
         super().__init__(path)
         self.max_upload_s = shared.max_upload_s
-        self.reason: str | None = "not started"
+        self._trouble: Exception | None = UnavailableError("not started")
         self._shared = shared
         self._events = shared.events
         self._reconcile_s = reconcile_s
@@ -55,31 +55,33 @@ class Mirror(LocalCopy):
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
 
     def start(self) -> None:
-        """Catch up with the shared registry, or go on from what was seen last. Raises UnavailableError where nothing
-        ever was."""
+        """Catch up with the shared registry, or go on from what was seen last. Raises UnavailableError or
+        StorageFullError where nothing ever was."""
         try:
             self._reconcile()
-            self.reason = None
-        except UnavailableError as error:
+            self._trouble = None
+        except (UnavailableError, StorageFullError) as error:
             if not self._position.identity:
                 raise
-            self.reason = str(error)
+            self._trouble = error
         self._thread.start()
 
     @property
     def is_degraded(self) -> bool:
-        """Whether what is read here may be old, for `reason`."""
-        return self.reason is not None
+        return self._trouble is not None
 
     def change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None) -> T:
+        self._check_followed()
         result = self._shared.change(tenant, decide, file)
         self._catch_up()
         return result
 
     def release_unused(self, tenant: str, digests: Iterable[str], drop: Callable[[str], None]) -> None:
+        self._check_followed()
         self._shared.release_unused(tenant, digests, drop)
 
     def update_tenant(self, name: str, change: Callable[[Tenant | None], Tenant | None]) -> Tenant | None:
+        self._check_followed()
         result = self._shared.update_tenant(name, change)
         self._catch_up()
         return result
@@ -111,7 +113,7 @@ class Mirror(LocalCopy):
             try:
                 return self._shared.take(tenant, bucket, amount, capacity, per_s, now, may_owe=may_owe)
             except UnavailableError as error:
-                self.reason = str(error)  # until the thread reaches it again, so that no other request waits for it
+                self._trouble = error  # until the thread reaches it again, so that no other request waits for it
         part = self._num_replicas
         return self._buckets.take(tenant, bucket, amount, capacity / part, per_s / part, now, may_owe=may_owe)
 
@@ -130,17 +132,38 @@ class Mirror(LocalCopy):
                 if time.monotonic() >= self._next_beat_s:
                     self._num_replicas = self._events.beat(self._replica)
                     self._next_beat_s = time.monotonic() + BEAT_S
-                self.reason = None
-                self._adopt(self._events.read(self._position.event, BLOCK_S))
+                    with self._adopting:
+                        self.move(self._position)  # so that a full disk is known before a change
+                self._trouble = None
+                self._advance(BLOCK_S)
             except Exception as error:  # whatever it is, what was seen last is served, and it is tried again
-                self.reason = f"{type(error).__name__}: {error}"
+                self._trouble = error
                 self._stopping.wait(RETRY_S)
+
+    def _check_followed(self) -> None:
+        """Nobody changes what they would not see changed."""
+        trouble = self._trouble
+        if isinstance(trouble, StorageFullError):
+            raise StorageFullError(str(trouble))
+        if trouble is not None:
+            raise UnavailableError(f"the registry is not followed: {trouble}")
 
     def _catch_up(self) -> None:
         """With what was written just now. Where that fails the thread sees to it."""
-        with suppress(UnavailableError), self._adopting:
-            while found := self._events.read(self._position.event, 0):
-                self._adopt(found)
+        with suppress(UnavailableError, StorageFullError), self._adopting:
+            while self._advance(0):
+                pass
+
+    def _advance(self, block_s: float) -> bool:
+        """Adopt the events after the last one seen; whether there were any. While this one is in the stream, none that
+        came after it was trimmed, and the data is still the same. Before any was seen, revisions say so."""
+        last = self._position.event
+        found = self._events.read(last, block_s)
+        if self._events.has(last):
+            self._adopt(found)
+        else:
+            self._reconcile()
+        return bool(found)
 
     def _adopt(self, events: Iterable[Event]) -> None:
         with self._adopting:
@@ -156,19 +179,13 @@ class Mirror(LocalCopy):
 
     def _adopt_tasks(self, tenant: str, event: Event) -> None:
         """Documents may be newer than the event: then their own comes later."""
-        behind = event.revision - self.revision(tenant)
-        if behind == 1:
+        if event.revision > self.revision(tenant):
             self.adopt(tenant, event.revision, self._events.tasks(tenant, event.names))
-        elif behind > 1:
-            self._reload(tenant)
 
     def _adopt_tenants(self, event: Event) -> None:
-        behind = event.revision - self.tenants_revision()
-        if behind == 1:
+        if event.revision > self.tenants_revision():
             for name in event.names:
                 self.adopt_tenant(name, self._events.tenant(name), event.revision)
-        elif behind > 1:
-            self._reload_tenants()
 
     def _reload(self, tenant: str) -> None:
         found = self._events.all_tasks(tenant)
@@ -182,11 +199,12 @@ class Mirror(LocalCopy):
         """Compare all revisions. What was written meanwhile comes as an event and is read twice at worst."""
         with self._adopting:
             identity = self._events.identity()
-            is_other = identity != self._position.identity
+            last = self._position.event
+            is_other = identity != self._position.identity or not (last == FIRST or self._events.has(last))
             if is_other:
                 position = Position(identity, self._events.last())
             else:
-                self._catch_up()
+                self._adopt(self._events.read(last, 0))
                 position = self._position
             ours, theirs = self.revisions(), self._shared.revisions()
             for tenant in ours.keys() | theirs.keys():

@@ -21,14 +21,16 @@ MAX_TRIES = 50
 
 
 class RedisAccounts:
-    """Implements these methods of `Registry`."""
+    """Implements these methods of `Registry`. `bucket_server` is the same server, with patience for what a request
+    waits for."""
 
-    def __init__(self, server: RedisServer) -> None:
+    def __init__(self, server: RedisServer, bucket_server: RedisServer) -> None:
         self._server = server
+        self._bucket_server = bucket_server
         self._update_tenant = server.script(UPDATE_TENANT)
         self._append_audit = server.script(APPEND_AUDIT)
         self._add_usage = server.script(ADD_USAGE)
-        self._take = server.script(TAKE)
+        self._take = bucket_server.script(TAKE)
 
     def get_tenant(self, name: str) -> Tenant | None:
         with self._server.answering() as client:
@@ -116,7 +118,7 @@ class RedisAccounts:
         may_owe: bool = False,
     ) -> Taken:
         """By Redis' clock: `now` is not used."""
-        with self._server.answering() as client:
+        with self._bucket_server.answering() as client:
             taken, remaining, wait_s = self._take(
                 keys=[keys.bucket(tenant, bucket)], args=[amount, capacity, per_s, int(may_owe)], client=client
             )

@@ -67,6 +67,11 @@ class RedisEvents:
             found = client.xread({keys.EVENTS: after}, count=MAX_READ, block=block_ms)
         return [_event(number, fields) for _, entries in found for number, fields in entries]
 
+    def has(self, event: str) -> bool:
+        """Whether the stream still has it; never `FIRST`, which is before all."""
+        with self._server.answering() as client:
+            return bool(client.xrange(keys.EVENTS, event, event))
+
     def last(self) -> str:
         """The last event's id."""
         with self._server.answering() as client:

@@ -25,6 +25,7 @@ from prefix_store.task import EVERYONE, Task
 
 T = TypeVar("T")
 MAX_BACKOFF_S = 0.05
+BUCKET_S = 0.5
 
 
 class RedisRegistry(RedisAccounts, Registry):
@@ -39,11 +40,15 @@ class RedisRegistry(RedisAccounts, Registry):
 
     def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
         server = RedisServer(url, timeout_s=timeout_s)
-        super().__init__(server)
+        super().__init__(server, RedisServer(url, timeout_s=min(timeout_s, BUCKET_S)))
         self.events = RedisEvents(server)
         self._files = RedisFiles(server)
         self._commit = server.script(COMMIT)
         self._list_tasks = server.script(LIST_TASKS)
+
+    def losses(self) -> dict[str, str]:
+        """As `RedisServer.losses`."""
+        return self._server.losses()
 
     def change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None) -> T:
         if file is None:
@@ -139,6 +144,7 @@ class RedisRegistry(RedisAccounts, Registry):
 
     def close(self) -> None:
         self._server.close()
+        self._bucket_server.close()
 
     def _draft(self, tenant: str) -> Draft:
         with self._server.answering() as client, client.pipeline(transaction=True) as pipeline:

@@ -16,6 +16,7 @@ from prefix_store.errors import ConflictError, StorageFullError, UnavailableErro
 SCHEMA_VERSION = 1
 CONNECT_S = 2.0
 TIMEOUT_S = 3.0
+DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 UNAVAILABLE = (
     redis.ConnectionError,
     redis.TimeoutError,
@@ -64,6 +65,16 @@ class RedisServer:
             if isinstance(error, redis.OutOfMemoryError) or str(error).startswith("MISCONF"):
                 raise StorageFullError(f"the registry in Redis cannot store more: {error}") from error
             raise
+
+    def losses(self) -> dict[str, str]:
+        """The settings, of those in `DURABLE`, with which the server may lose what it acknowledged. None where it does
+        not say: managed ones forbid CONFIG. Raises UnavailableError."""
+        with self.answering() as client:
+            try:
+                found = {name: client.config_get(name).get(name, wanted) for name, wanted in DURABLE.items()}
+            except redis.ResponseError:
+                return {}
+        return {name: value for name, value in found.items() if value != DURABLE[name]}
 
     def script(self, text: str) -> Any:
         """To be called with `keys`, `args` and the `client` that answers."""

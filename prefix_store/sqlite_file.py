@@ -72,6 +72,8 @@ class SqliteFile:
             found = db.execute("PRAGMA user_version").fetchone()[0]
             if found > SCHEMA_VERSION:
                 raise ConflictError(f"{path}: expected a registry of schema {SCHEMA_VERSION}, got {found}")
+            if found == SCHEMA_VERSION:
+                return  # nothing is written, so that a server starts on a full disk
             for statement in SCHEMA.split(";"):
                 db.execute(statement)
             if db.execute("SELECT 1 FROM tenants_revision").fetchone() is None:
@@ -127,9 +129,12 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest says where it came about
+        extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+        code = extended & 0xFF  # the rest says where it came about
         if code == sqlite3.SQLITE_FULL:
             raise StorageFullError(f"{path}: {error}") from error
+        if extended == sqlite3.SQLITE_IOERR_SHMSIZE:  # the first to open it takes 32 KiB beside it
+            raise StorageFullError(f"{path}: database or disk is full") from error
         if code in UNAVAILABLE:
             raise UnavailableError(f"{path}: expected to read and write it, got: {error}") from error
         raise

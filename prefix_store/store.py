@@ -19,6 +19,7 @@ from prefix_store.errors import (
     IncompatibleError,
     InvalidArtefactError,
     NotFoundError,
+    StorageFullError,
     UnavailableError,
 )
 from prefix_store.host_cache import HostCache
@@ -37,7 +38,7 @@ MAX_NOTE = 200
 
 class PrefixStore:
     """Versions of tasks for one model. All methods may be called from any thread, and raise UnavailableError where the
-    registry cannot be reached."""
+    registry cannot be reached, or a file cannot be written."""
 
     def __init__(
         self, registry: Registry, blobs: Blobs, shape: ModelShape, *, max_host_bytes: int = 256 * 2**20
@@ -49,9 +50,9 @@ class PrefixStore:
 
     def sweep(self) -> None:
         """Remove what killed writers left: parts of files, and files that no version refers to. Without the registry
-        nothing can be told to be unused."""
-        self._blobs.sweep(self._registry.max_upload_s)
-        with suppress(UnavailableError):
+        nothing can be told to be unused, and what cannot be deleted stays."""
+        with suppress(UnavailableError, StorageFullError):
+            self._blobs.sweep(self._registry.max_upload_s)
             stored, known = self._blobs.digests(), self._registry.digests()
             for tenant, digests in stored.items():
                 self._drop_unused(tenant, digests - known.get(tenant, set()))
@@ -88,7 +89,7 @@ class PrefixStore:
         try:
             return self._add_version(tenant, task, new, activate, precondition, limits, file)
         except BaseException:
-            with suppress(UnavailableError):  # the next start sweeps
+            with suppress(UnavailableError, StorageFullError):  # the next start sweeps
                 self._drop_unused(tenant, {new.digest})
             raise
 

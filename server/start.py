@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from prefix_store.blobs import Blobs
+from prefix_store.errors import UnavailableError
 from prefix_store.local_files import CONFIG, peft_files
 from prefix_store.mirror import Mirror
 from prefix_store.prefix import ModelShape
 from prefix_store.redis_registry import RedisRegistry
+from prefix_store.redis_server import DURABLE
 from prefix_store.registry import Registry
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
@@ -105,8 +108,13 @@ def open_registry(settings: Settings) -> Registry:
     copy on this one's disk."""
     if settings.redis_url is None:
         return SqliteRegistry(settings.data_dir / "registry.sqlite")
-    mirror = Mirror(RedisRegistry(settings.redis_url), settings.data_dir / "mirror.sqlite")
+    shared = RedisRegistry(settings.redis_url)
+    mirror = Mirror(shared, settings.data_dir / "mirror.sqlite")
     mirror.start()
+    with suppress(UnavailableError):
+        if losses := shared.losses():
+            expected = {name: DURABLE[name] for name in losses}
+            log.warning("redis_may_lose_what_it_acknowledged", expected=expected, got=losses)
     return mirror
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import structlog
 
-from prefix_store.errors import UnavailableError
+from prefix_store.errors import StorageFullError, UnavailableError
 from prefix_store.registry import Registry
 from prefix_store.usage import Usage
 
@@ -33,12 +33,12 @@ class Meter:
             self._sums[row.key] = row if found is None else found + row
 
     async def flush(self) -> None:
-        """Where the registry is away the sums stay for the next time."""
+        """Where the registry is away or full the sums stay for the next time."""
         rows, self._sums = list(self._sums.values()), {}
         if not rows:
             return
         try:
             await asyncio.to_thread(self._registry.add_usage, rows)
-        except UnavailableError as error:
+        except (UnavailableError, StorageFullError) as error:
             log.warning("usage_kept_back", num_rows=len(rows), reason=str(error))
             self.add(rows)

@@ -29,7 +29,7 @@ from server.engine.threads import workers
 from server.metrics import Metrics
 
 HEARTBEAT_S = 10.0
-NUM_WORKERS = 8  # threads for what would block the event loop
+NUM_WORKERS = 32  # threads for what would block the event loop; look-ups pass while some wait for a hanging registry
 T = TypeVar("T")
 log = structlog.get_logger()
 

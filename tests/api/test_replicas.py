@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from server.model_files import ModelFiles
-from server.start import make_state
+from server.start import make_state, open_registry
 from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for
 from tests.prefix_store.redis_process import RedisProcess
 
@@ -109,3 +111,44 @@ def test_without_redis_known_tasks_answer_and_uploads_wait(
             eventually(lambda: one.http.get("/readyz").json()["registry"] == "ok")
             assert one.put("t", native(2)).status_code == 201
             eventually(lambda: version(other, "t") == "2")
+
+
+def test_known_tasks_answer_at_once_while_changes_wait_for_a_hanging_redis(
+    redis: RedisProcess, model_path: Path, tmp_path: Path
+) -> None:
+    with replica(tmp_path, redis, model_path, "one") as one, ThreadPoolExecutor(12) as others:
+        assert one.put("t", native(1)).status_code == 201
+        redis.stop()
+        started_s = time.monotonic()
+        waiting = [others.submit(one.http.post, "/v1/prefixes/t/activate", json={"version": "1"}) for _ in range(12)]
+        time.sleep(0.2)
+        assert version(one, "t") == "1"
+        assert time.monotonic() - started_s < 1.5
+        assert {done.result().status_code for done in waiting} == {503}
+        redis.go_on()
+
+
+def logged_at_start(redis: RedisProcess, data_dir: Path) -> list[tuple[object, object]]:
+    with capture_logs() as logs:
+        open_registry(settings_for(data_dir, redis_url=redis.url)).close()
+    return [(line["expected"], line["got"]) for line in logs if line["event"] == "redis_may_lose_what_it_acknowledged"]
+
+
+def test_redis_that_may_lose_changes_is_told_of_at_start(redis: RedisProcess, tmp_path: Path) -> None:
+    assert logged_at_start(redis, tmp_path) == []
+    with redis.client() as client:
+        client.config_set("appendfsync", "everysec")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        wanted = {"appendfsync": "always", "maxmemory-policy": "noeviction"}
+        found = {"appendfsync": "everysec", "maxmemory-policy": "allkeys-lru"}
+        assert logged_at_start(redis, tmp_path) == [(wanted, found)]
+        client.config_set("appendonly", "no")
+        ((wanted, found),) = logged_at_start(redis, tmp_path)
+        assert (wanted["appendonly"], found["appendonly"]) == ("yes", "no")
+        client.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"], commands=["-config"], keys=["*"])
+        assert logged_at_start(redis, tmp_path) == []  # a managed one that does not say
+        redis.stop()
+        try:
+            assert logged_at_start(redis, tmp_path) == []
+        finally:
+            redis.go_on()

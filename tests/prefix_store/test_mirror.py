@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from prefix_store import redis_keys as keys
 from prefix_store.blobs import Blobs
@@ -162,6 +163,76 @@ def test_what_the_stream_forgot_is_read_anew(
     assert (again.revisions(), again.tenants_revision()) == (two.revisions(), two.tenants_revision())
 
 
+def write_beside(redis_process: RedisProcess, tmp_path: Path) -> PrefixStore:
+    """As another replica would."""
+    return PrefixStore(RedisRegistry(redis_process.url), Blobs(tmp_path / "blobs"), SHAPE)
+
+
+def test_stream_trimmed_past_a_running_replica(
+    open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
+) -> None:
+    mirror, other = open_mirror("one"), write_beside(redis_process, tmp_path)
+    with mirror._adopting:  # it is slow, and misses all of this
+        for seed, name in enumerate(("a", "b", "c")):
+            publish(other, name, seed)
+        publish(other, "t", tenant=THEIRS)
+        other.delete_task(OURS, "a")
+        with redis_process.client() as client:
+            client.xtrim(keys.EVENTS, maxlen=0, approximate=False)
+    eventually(lambda: [task.name for task in mirror.list_tasks(OURS, 9, "")] == ["b", "c"])
+    eventually(lambda: mirror.revisions() == {OURS: 4, THEIRS: 1})
+    publish(other, "d", 4)
+    eventually(lambda: mirror.get_task(OURS, "d") is not None)
+    other.close()
+
+
+def test_running_replica_forgets_what_a_flushed_redis_forgot(
+    open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
+) -> None:
+    mirror, other = open_mirror("one"), write_beside(redis_process, tmp_path)
+    mirror.update_tenant(OURS, lambda _: Tenant(OURS))
+    for seed in (1, 2, 3):
+        publish(other, "t", seed)
+    publish(other, "t", tenant=THEIRS)
+    eventually(lambda: mirror.get_task(THEIRS, "t") is not None)
+    with redis_process.client() as client:
+        client.flushall()
+    publish(other, "u")
+    eventually(lambda: [task.name for task in mirror.list_tasks(OURS, 9, "")] == ["u"])
+    eventually(lambda: (mirror.get_task(THEIRS, "t"), mirror.get_tenant(OURS)) == (None, None))
+    assert mirror.revision(OURS) == 1
+    other.close()
+
+
+def test_older_data_that_came_to_the_same_revision_is_told_apart(
+    open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
+) -> None:
+    mirror, other = open_mirror("one"), write_beside(redis_process, tmp_path)
+    publish(other, "t", 1)
+    older = dumped(redis_process)
+    publish(other, "t", 2)
+    eventually(lambda: mirror.revision(OURS) == 2)
+    with mirror._adopting:
+        restore(redis_process, older)
+        publish(other, "u", 3)
+    eventually(lambda: mirror.get_task(OURS, "u") is not None)
+    assert mirror.list_tasks(OURS, 9, "") == other.list_tasks(OURS)
+    assert mirror.revisions() == {OURS: 2}
+    other.close()
+
+
+def dumped(redis_process: RedisProcess) -> dict[bytes, bytes]:
+    with redis.Redis.from_url(redis_process.url) as client:
+        return {key: client.dump(key) for key in client.scan_iter()}
+
+
+def restore(redis_process: RedisProcess, older: dict[bytes, bytes]) -> None:
+    with redis.Redis.from_url(redis_process.url) as client:
+        client.flushall()
+        for key, value in older.items():
+            client.restore(key, 0, value)
+
+
 def test_revisions_are_compared_now_and_then(
     open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
 ) -> None:
@@ -203,14 +274,22 @@ def test_buckets_fall_to_a_replicas_part(open_mirror: OpenMirror, redis_process:
     assert not one.take(OURS, "b", 1, 10, 0.001, time.monotonic()).taken
 
 
-def test_server_that_hangs_holds_one_request_only(open_mirror: OpenMirror, redis_process: RedisProcess) -> None:
+def test_server_that_hangs_holds_one_request_only(
+    open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
+) -> None:
     mirror = open_mirror("one")
+    store = store_of(mirror, tmp_path)
     redis_process.stop()
     try:
+        started_s = time.monotonic()
         mirror.take(OURS, "b", 1, 10, 1, time.monotonic())
+        assert time.monotonic() - started_s < 1.0
         started_s = time.monotonic()
         for _ in range(5):
             assert mirror.take(OURS, "b", 1, 10, 1, time.monotonic()).taken
+        for change in (lambda: publish(store, "t"), lambda: mirror.update_tenant(OURS, lambda _: Tenant(OURS))):
+            with pytest.raises(UnavailableError, match="not followed"):
+                change()
         assert time.monotonic() - started_s < 0.5
     finally:
         redis_process.go_on()
