@@ -27,6 +27,11 @@ def documented(media_type: str, body: dict[str, Any]) -> Responses:
     return {"default": {"description": "An error.", "content": {media_type: {"example": body}}}}
 
 
+def also(media_type: str) -> Responses:
+    """What else a route may answer with 200, on the OpenAPI page."""
+    return {200: {"content": {media_type: {}}}}
+
+
 class RequestError(Exception):
     """What a caller got wrong: `status`, the text, the field it concerns, and headers of the answer."""
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
 from server.api.auth import Asking, Caller
 from server.api.bill import admit
-from server.api.errors import TGI_ERRORS, RequestError, status_of, tgi_type
+from server.api.errors import TGI_ERRORS, RequestError, also, status_of, tgi_type
 from server.api.limits import default_tokens
 from server.api.schemas import DEFAULT_NEW_TOKENS, GenerateParameters, GenerateRequest
 from server.api.state import AppState, State, Target
@@ -34,8 +34,8 @@ Session = Annotated[
 ]
 
 
-@router.post("/generate", summary="Answer, or stream with `stream`")
-@router.post("/", summary="As /generate", operation_id="generate_root")
+@router.post("/generate", summary="Answer, or stream with `stream`", responses=also(EventStream.media_type))
+@router.post("/", summary="As /generate", operation_id="generate_root", responses=also(EventStream.media_type))
 async def generate(
     request: Request,
     state: State,
@@ -48,7 +48,12 @@ async def generate(
     return await _answer(request, state, caller, body, task, session, streams=bool(body.stream))
 
 
-@router.post("/generate_stream", summary="Stream tokens as server-sent events")
+@router.post(
+    "/generate_stream",
+    summary="Stream tokens as server-sent events",
+    response_class=Response,
+    responses=also(EventStream.media_type),
+)
 async def generate_stream(
     request: Request,
     state: State,

@@ -18,7 +18,7 @@ from prefix_store.errors import NotFoundError
 from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
 from server.api.auth import Asking, Caller
 from server.api.bill import Bill, admit
-from server.api.errors import OPENAI_ERRORS, RequestError, openai_error, status_of
+from server.api.errors import OPENAI_ERRORS, RequestError, also, openai_error, status_of
 from server.api.generate import Session
 from server.api.limits import default_tokens
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
@@ -55,7 +55,7 @@ class Reply:
         }
 
 
-@router.post("/v1/completions", summary="Complete a text")
+@router.post("/v1/completions", summary="Complete a text", responses=also(EventStream.media_type))
 async def completions(
     request: Request, state: State, caller: Asking, body: CompletionRequest, session: Session = None
 ) -> Response:
@@ -66,7 +66,7 @@ async def completions(
         return await _answer(request, state, body, body.text, limit, body.logprobs, "text_completion", bill)
 
 
-@router.post("/v1/chat/completions", summary="Answer a conversation")
+@router.post("/v1/chat/completions", summary="Answer a conversation", responses=also(EventStream.media_type))
 async def chat_completions(
     request: Request, state: State, caller: Asking, body: ChatRequest, session: Session = None
 ) -> Response:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from prefix_store.usage import FIRST_DAY, LAST_DAY, Usage
 from server.api.auth import Asking, Caller
-from server.api.errors import PROBLEMS, RequestError
+from server.api.errors import PROBLEMS, RequestError, also
 from server.api.metering import today
 from server.api.state import State
 
@@ -39,7 +39,7 @@ async def audit(
     }
 
 
-@router.get("/usage", summary="What was used, by day, tenant, task and version")
+@router.get("/usage", summary="What was used, by day, tenant, task and version", responses=also("text/csv"))
 async def usage(
     state: State,
     caller: Asking,

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from prefix_store.errors import NotFoundError
 from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, SCOPES, Limits, Tenant, check_tenant_name, new_key
 from server.api.auth import Asking, Caller
-from server.api.errors import PROBLEMS, RequestError
+from server.api.errors import PROBLEMS, RequestError, also
 from server.api.state import AppState, State
 from server.api.tenant_schemas import KeyRequest, TenantRequest
 
@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1/tenants", tags=["tenants"], responses=PROBLEMS)
 NOT_STORED = {"Cache-Control": "no-store"}  # answers with a key's text
 
 
-@router.put("/{name}", summary="Make a tenant, or set its limits", status_code=201)
+@router.put("/{name}", summary="Make a tenant, or set its limits", status_code=201, responses=also("application/json"))
 async def put_tenant(
     request: Request, state: State, caller: Asking, name: str, body: TenantRequest | None = None
 ) -> Response:

@@ -16,7 +16,7 @@ from prefix_store.local_files import CONFIG, WEIGHTS
 from prefix_store.prefix import Prefix
 from prefix_store.task_changes import Published
 from server.api.auth import Asking
-from server.api.errors import PROBLEMS, RequestError
+from server.api.errors import PROBLEMS, RequestError, also
 from server.api.manifests import manifest
 from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
 from server.api.schemas import EXAMPLE_ENSEMBLE, EnsembleRequest
@@ -59,7 +59,13 @@ UPLOAD_BODY = {
 }
 
 
-@router.put("/{task}", summary="Upload a new version", status_code=201, openapi_extra=UPLOAD_BODY)
+@router.put(
+    "/{task}",
+    summary="Upload a new version",
+    status_code=201,
+    responses=also("application/json"),
+    openapi_extra=UPLOAD_BODY,
+)
 async def upload(
     request: Request,
     state: State,

@@ -10,6 +10,8 @@ import torch
 from server.engine.cpu_kernels import DTYPES, CpuKernels
 from server.engine.sequence import Sequence
 
+SMALLEST = 1e-30  # that a float32 logit can be divided by
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -75,11 +77,11 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(sequence.seen_token_ids)), device=logits.device)
         values = logits[seen]
-        penalty = params.repetition_penalty
+        penalty = max(params.repetition_penalty, SMALLEST)
         logits = logits.index_put((seen,), torch.where(values < 0, values * penalty, values / penalty))
     if not params.do_sample:
         return int(logits.argmax())
-    logits = logits / params.temperature
+    logits = (logits - logits.max()) / max(params.temperature, SMALLEST)
     num_kept = params.top_k or logits.shape[0]
     if num_kept < logits.shape[0] or params.top_p < 1.0:
         values, ids = torch.topk(logits, min(num_kept, logits.shape[0]))
@@ -88,7 +90,7 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
     probabilities = torch.softmax(values, -1)
     if params.top_p < 1.0:
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
+        probabilities[1:].masked_fill_(before[1:] >= params.top_p, 0.0)  # however small it is, one stays
     assert sequence.generator is not None
     # The inverse of the distribution function at one uniform number of the row's own generator.
     threshold = torch.rand((), generator=sequence.generator).item()

@@ -106,3 +106,11 @@ def test_log_probabilities_are_the_models_whatever_the_penalty() -> None:
         for penalty in (1.0, 4.0)
     )
     assert dict(penalised.top_logprobs) == pytest.approx(dict(plain.top_logprobs))
+
+
+@pytest.mark.parametrize(("name", "best"), [("temperature", 9), ("top_p", 9), ("repetition_penalty", 3)])
+def test_the_smallest_parameter_chooses_as_its_limit(name: str, best: int) -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3], logits[0, 4], logits[0, 9] = 2.0, 1.0, 3.0
+    params = replace(SamplingParams(max_new_tokens=4, do_sample=True, seed=5), **{name: 5e-324})
+    assert sample(logits, [sequence_of(1, params)])[0].token_id == best
