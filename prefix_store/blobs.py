@@ -14,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from prefix_store.errors import DamagedBlobError, StorageFullError, UnavailableError
+from prefix_store.errors import DamagedBlobError, PrefixStoreError, StorageFullError, UnavailableError
 from prefix_store.native_format import digest_of
 from prefix_store.tenants import DEFAULT_TENANT, is_tenant_name
 
@@ -33,7 +33,7 @@ class Blobs:
 
     def __init__(self, root: str | Path) -> None:
         self._fs: Any
-        self._fs, found = fsspec.core.url_to_fs(str(root))
+        self._fs, found = fsspec.core.url_to_fs(str(root), use_listings_cache=False)  # other replicas write as well
         self._root = str(found).rstrip("/")
         self._is_local = "file" in ((self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol)
         self._fs.makedirs(self._root, exist_ok=True)
@@ -43,11 +43,11 @@ class Blobs:
         """Store `body`; the digest. Raises StorageFullError, UnavailableError."""
         digest = digest_of(body)
         path = self._path(tenant, digest)
-        if self._fs.exists(path):
-            return digest
         parent = path.rsplit("/", 1)[0]
         temporary = f"{parent}/{PART}{uuid.uuid4().hex}"
         with _named(f"store a file of {len(body)} bytes"):
+            if self._fs.exists(path):
+                return digest
             try:
                 self._fs.makedirs(parent, exist_ok=True)
                 if self._is_local:
@@ -68,11 +68,12 @@ class Blobs:
         return digest
 
     def get(self, tenant: str, digest: str) -> bytes:
-        """The blob, checked against its digest. Raises DamagedBlobError."""
-        try:
-            body: bytes = self._fs.cat_file(self._path(tenant, digest))
-        except FileNotFoundError as error:
-            raise DamagedBlobError(f"the file of {digest[:12]} is missing") from error
+        """The blob, checked against its digest. Raises DamagedBlobError, UnavailableError."""
+        with _named(f"read the file of {digest[:12]}"):
+            try:
+                body: bytes = self._fs.cat_file(self._path(tenant, digest))
+            except FileNotFoundError as error:
+                raise DamagedBlobError(f"the file of {digest[:12]} is missing") from error
         found = digest_of(body)
         if found != digest:
             raise DamagedBlobError(f"the file of {digest[:12]} was altered: its sha256 is {found[:12]}…")
@@ -92,8 +93,8 @@ class Blobs:
         """All that is stored, by tenant."""
         found: dict[str, set[str]] = {}
         for path in self._files():
-            tenant, _, name = path.rsplit("/", 3)[1:]
-            if name.endswith(SUFFIX):
+            if path.endswith(SUFFIX):
+                tenant, _, name = path.rsplit("/", 3)[1:]
                 found.setdefault(tenant, set()).add(name.removesuffix(SUFFIX))
         return found
 
@@ -114,6 +115,8 @@ class Blobs:
         return f"{self._root}/{tenant}/{digest[:2]}/{digest}{SUFFIX}"
 
     def _move_untenanted(self) -> None:
+        if not self._fs.exists(self._root):  # an object store has no empty folders
+            return
         for folder in self._fs.ls(self._root, detail=False):
             if not FOLDER.fullmatch(str(folder).rstrip("/").rsplit("/", 1)[-1]):
                 continue
@@ -134,11 +137,15 @@ class Blobs:
 def _named(what: str) -> Iterator[None]:
     try:
         yield
+    except PrefixStoreError:
+        raise
     except OSError as error:
         reason = f"expected to {what}, got: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(reason) from error
         raise UnavailableError(reason) from error
+    except Exception as error:  # an object store's library has errors of its own
+        raise UnavailableError(f"expected to {what}, got: {error}") from error
 
 
 def _fsync_folder(folder: str) -> None:

@@ -1,0 +1,153 @@
+"""Files on an object store: a real S3 server process, moto's, over HTTP."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import httpx
+import pytest
+
+from prefix_store.blobs import Blobs
+from prefix_store.errors import DamagedBlobError, UnavailableError
+from prefix_store.redis_registry import RedisRegistry
+from prefix_store.sqlite_registry import SqliteRegistry
+from prefix_store.store import PrefixStore
+from tests.prefix_store.redis_process import RedisProcess
+from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, publish, soft
+
+BODY = b"what a tenant stores"
+
+
+class S3Process:
+    """Started and killed; what it holds is in its memory."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline_s = time.monotonic() + 60
+        while True:
+            try:
+                httpx.get(self.url, timeout=5)
+                return
+            except httpx.TransportError:
+                assert self._process.poll() is None, "moto's server did not start"
+                assert time.monotonic() < deadline_s, "moto's server did not start in time"
+                time.sleep(0.05)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Process]:
+    process = S3Process()
+    names = {"AWS_ENDPOINT_URL": process.url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for name, value in (names | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def root(s3: S3Process) -> str:
+    """In a bucket of its own: fsspec keeps one file system a URL's options."""
+    fsspec.filesystem("s3").clear_instance_cache()
+    bucket = f"b{uuid.uuid4().hex}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}/files"
+
+
+def test_files_come_back_whole_and_go(root: str) -> None:
+    blobs = Blobs(root)
+    digest = blobs.put(OURS, BODY)
+    assert blobs.put(THEIRS, BODY) == blobs.put(OURS, BODY) == digest
+    assert blobs.get(OURS, digest) == BODY
+    blobs.delete(OURS, digest)
+    assert blobs.digests() == {THEIRS: {digest}}
+    assert not blobs.exists(OURS, digest)
+
+
+def test_one_replica_sees_at_once_what_another_stored_and_deleted(root: str) -> None:
+    one, other = Blobs(root), Blobs(root)
+    digest = one.put(OURS, b"first")
+    assert other.digests() == {OURS: {digest}}
+    fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, skip_instance_cache=True)
+    fs.rm_file(f"{path}/{OURS}/{digest[:2]}/{digest}.safetensors")  # as a replica on another machine does
+    assert not other.exists(OURS, digest)
+    assert other.digests() == {}
+    assert one.put(OURS, b"first") == digest
+    assert other.get(OURS, digest) == b"first"
+
+
+def test_altered_and_missing_files_are_refused(root: str) -> None:
+    blobs = Blobs(root)
+    digest = blobs.put(OURS, BODY)
+    fs, path = fsspec.core.url_to_fs(root)
+    fs.pipe_file(f"{path}/{OURS}/{digest[:2]}/{digest}.safetensors", BODY[:-1])
+    with pytest.raises(DamagedBlobError, match="was altered"):
+        blobs.get(OURS, digest)
+    with pytest.raises(DamagedBlobError, match="is missing"):
+        blobs.get(THEIRS, digest)
+
+
+def test_a_store_publishes_loads_and_deletes(root: str, tmp_path: Path) -> None:
+    store = PrefixStore(SqliteRegistry(tmp_path / "registry.sqlite"), Blobs(root), SHAPE)
+    digest = publish(store, "films", 1).version.digest
+    again = PrefixStore(SqliteRegistry(tmp_path / "registry.sqlite"), Blobs(root), SHAPE)
+    loaded = again.load(OURS, digest)
+    assert loaded.embeddings is not None
+    assert loaded.embeddings.equal(soft(1).embeddings)
+    again.delete_task(OURS, "films")
+    assert Blobs(root).digests() == {}
+
+
+def test_rubbish_is_collected_while_uploads_go_on(root: str, redis_process: RedisProcess) -> None:
+    """What another replica's collector finds unused goes; what is being published does not."""
+    store, other = [PrefixStore(RedisRegistry(redis_process.url), Blobs(root), SHAPE) for _ in range(2)]
+    unused = Blobs(root).put(THEIRS, BODY)
+    is_done = threading.Event()
+
+    def collect() -> None:
+        while not is_done.is_set():
+            other.sweep()
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    try:
+        for number in range(30):
+            digest = publish(store, "films", number % 3).version.digest
+            assert Blobs(root).exists(OURS, digest)
+            if number % 3 == 2:
+                store.delete_task(OURS, "films")
+                assert Blobs(root).digests().get(OURS, set()) == set()
+    finally:
+        is_done.set()
+        collector.join()
+    assert not Blobs(root).exists(THEIRS, unused)
+    store.close()
+    other.close()
+
+
+def test_a_store_that_is_away_is_told_of(s3: S3Process, root: str) -> None:
+    blobs = Blobs(root)
+    digest = blobs.put(OURS, BODY)
+    s3.kill()
+    with pytest.raises(UnavailableError, match="expected to store a file of 5 bytes, got"):
+        blobs.put(OURS, b"other")
+    with pytest.raises(UnavailableError, match="expected to read the file of"):
+        blobs.get(OURS, digest)
+    with pytest.raises(UnavailableError, match="expected to delete the file of"):
+        blobs.delete(OURS, digest)
