@@ -16,7 +16,7 @@ import uvicorn
 
 from prefix_store.native_format import write_native
 from prefix_store.prefix import Prefix
-from server.api.app import create_app
+from server.api.app import server_config
 from server.api.state import AppState
 from server.config import Settings
 from server.engine.cpu_kernels import CpuKernels, load_kernels
@@ -52,6 +52,7 @@ class Served:
     state: AppState
     http: httpx.Client
     clients: ExitStack  # closes those of `as_key` with the server
+    server: uvicorn.Server
 
     def generate(self, inputs: str, task: str | None = None, **parameters: object) -> httpx.Response:
         query = {} if task is None else {"task": task}
@@ -79,7 +80,7 @@ def settings_for(data_dir: Path, **more: object) -> Settings:
 
 
 def serve_in_thread(state: AppState) -> Iterator[Served]:
-    server = uvicorn.Server(uvicorn.Config(create_app(state), host="127.0.0.1", port=0, log_config=None))
+    server = uvicorn.Server(server_config(state))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -92,7 +93,7 @@ def serve_in_thread(state: AppState) -> Iterator[Served]:
         url = f"http://127.0.0.1:{port}"
         with ExitStack() as clients:
             http = clients.enter_context(httpx.Client(base_url=url, timeout=30))
-            yield Served(url, state, http, clients)
+            yield Served(url, state, http, clients, server)
     finally:
         server.should_exit = True
         thread.join()

@@ -11,11 +11,13 @@ import uvicorn
 from fastapi import Depends, FastAPI
 
 from server.api import errors, generate, openai, ops, prefixes, records, tenants, uploads
+from server.api.connection import BoundedConnection
 from server.api.gate import Gate
 from server.api.query import refuse_unknown_query
 from server.api.state import AppState
 from server.api.upkeep import Upkeep
 
+MAX_FLUSH_S = 10  # at a stop, for answers that were not read yet
 DESCRIPTION = "One frozen language model, thousands of learned prefixes, one continuous batch."
 
 
@@ -63,13 +65,23 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-async def serve(state: AppState) -> None:
-    """Serve until a signal, on the settings' host and port."""
-    settings = state.settings
-    config = uvicorn.Config(
-        create_app(state), host=settings.host, port=settings.port, log_config=None, access_log=False, lifespan="on"
+def server_config(state: AppState) -> uvicorn.Config:
+    """On the settings' host and port."""
+    return uvicorn.Config(
+        create_app(state),
+        host=state.settings.host,
+        port=state.settings.port,
+        http=BoundedConnection,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=MAX_FLUSH_S,
     )
-    server = Server(config, state)
+
+
+async def serve(state: AppState) -> None:
+    """Serve until a signal."""
+    server = Server(server_config(state), state)
     waiting = asyncio.create_task(server.exit_when_drained())
     try:
         await server.serve()

@@ -16,6 +16,7 @@ from server.engine import errors as engine_errors
 
 TGI_PATHS = ("/", "/generate", "/generate_stream")
 RETRY_S = 1
+MAX_MESSAGE = 1000  # characters; what a caller sent may stand in it
 OPENAI_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
 
 
@@ -82,6 +83,7 @@ def error_response(
     path: str, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
 ) -> JSONResponse:
     """The body that callers of `path` expect."""
+    message, param = _sendable(message), param and _sendable(param)
     if path in TGI_PATHS:
         return JSONResponse({"error": message, "error_type": tgi_type(status)}, status, headers)
     if path.startswith(OPENAI_PATHS):
@@ -89,6 +91,12 @@ def error_response(
         return JSONResponse({"error": openai_error(status, message, param)}, status, headers)
     problem = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": message}
     return JSONResponse(problem, status, headers, media_type="application/problem+json")
+
+
+def _sendable(text: str) -> str:
+    """Bounded, and UTF-8 whatever the caller sent."""
+    cut = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…"
+    return cut.encode("utf-8", "replace").decode()
 
 
 def openai_error(status: int, message: str, param: str | None = None) -> dict[str, Any]:

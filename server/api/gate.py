@@ -3,18 +3,17 @@ count for draining."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import uuid
 from urllib.parse import parse_qsl, urlsplit
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.auth import needed_scope
+from server.api.bodies import Body, BodyMemory
 from server.api.errors import RequestError, error_response
 from server.api.state import DRAIN_RETRY_S, AppState
 from server.config import is_loopback
@@ -22,7 +21,8 @@ from server.config import is_loopback
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 KEY_NAMES = {"key", "api_key", "api-key", "apikey", "token", "access_token", "authorization"}
 MAX_JSON_BYTES = 4 * 2**20
-MAX_DRAIN_S = 5.0
+MAX_JSON_MEMORY = 64 * MAX_JSON_BYTES
+MAX_UPLOADS_HELD = 2  # of the largest size
 UPLOADS = "/v1/prefixes/"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 log = structlog.get_logger()
@@ -33,50 +33,51 @@ class Gate:
     """Pure ASGI, so that a disconnect reaches the route."""
 
     def __init__(self, app: ASGIApp, state: AppState) -> None:
-        self._app = app
+        self.app = app
         self._state = state
+        self.json_bodies = BodyMemory(MAX_JSON_MEMORY)
+        self.uploads = BodyMemory(MAX_UPLOADS_HELD * int(state.settings.max_upload_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        path, method = scope["path"], scope["method"]
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_upload = method == "PUT" and path.startswith(UPLOADS) and kind != "application/json"
+        max_bytes = int(self._state.settings.max_upload_bytes) if is_upload else MAX_JSON_BYTES
+        memory = self.uploads if is_upload else self.json_bodies
+        body = Body(receive, memory, max_bytes, is_whole=not _has_body(headers))
         has_started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                added = MutableHeaders(scope=message)
+                added["X-Request-Id"] = request_id
+                if not body.is_whole:
+                    if "expect" not in headers:  # one that waits for a go-ahead sends nothing
+                        await body.drop_rest()
+                    if not body.is_whole:
+                        added["Connection"] = "close"
             await send(message)
 
-        path = scope["path"]
         try:
-            max_bytes = self._check(scope, headers)
+            self._check(scope, headers, max_bytes)
         except RequestError as error:
             response = error_response(path, error.status, str(error), headers=error.headers)
-            await _drop_body(receive, headers)
             await response(scope, receive, send_with_id)
             return
-        num_bytes = 0
-
-        async def bounded_receive() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > max_bytes:
-                    raise HTTPException(413, f"the body must be <= {max_bytes} bytes, got more")
-            return message
-
         counted = path not in UNCOUNTED
         self._state.num_active += counted
         try:
-            await self._app(scope, bounded_receive, send_with_id)
+            await self.app(scope, body.receive, send_with_id)
         except ClientDisconnect:  # nobody is left to answer
             log.info("client_gone", request_id=request_id, path=path)
         except Exception:
@@ -85,10 +86,11 @@ class Gate:
             log.exception("request_failed", request_id=request_id, path=path)
             await error_response(path, 500, "the server failed; its log has the reason")(scope, receive, send_with_id)
         finally:
+            body.release()
             self._state.num_active -= counted
 
-    def _check(self, scope: Scope, headers: Headers) -> int:
-        """The bound on the body. Raises RequestError."""
+    def _check(self, scope: Scope, headers: Headers, max_bytes: int) -> None:
+        """Raises RequestError."""
         method, path = scope["method"], scope["path"]
         if self._state.keys.is_open:
             _check_loopback(method, headers)
@@ -106,15 +108,16 @@ class Gate:
         if headers.get("content-encoding", "identity") != "identity":
             raise RequestError(415, f"Content-Encoding must not be given, got {headers['content-encoding'][:40]!r}")
         is_upload = method == "PUT" and path.startswith(UPLOADS)
-        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if method in ("POST", "PUT") and not is_upload and kind != "application/json" and (has_body or kind):
+        if method in ("POST", "PUT") and not is_upload and kind != "application/json" and (_has_body(headers) or kind):
             raise RequestError(415, f"Content-Type must be application/json, got {kind[:80]!r}")
-        max_bytes = int(self._state.settings.max_upload_bytes) if is_upload else MAX_JSON_BYTES
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > max_bytes:
             raise RequestError(413, f"the body must be <= {max_bytes} bytes, got {length}")
-        return max_bytes
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 def _check_loopback(method: str, headers: Headers) -> None:
@@ -126,15 +129,3 @@ def _check_loopback(method: str, headers: Headers) -> None:
     origin = urlsplit(headers.get("origin", "")).hostname
     if method not in SAFE_METHODS and "origin" in headers and not (origin and is_loopback(origin)):
         raise RequestError(403, f"Origin must be this machine, got {headers['origin'][:100]!r}")
-
-
-async def _drop_body(receive: Receive, headers: Headers) -> None:
-    """Take what the caller is still sending, for a while: closing on it could cost it the answer."""
-    if "expect" in headers:
-        return  # it waits for a go-ahead and sends nothing
-    try:
-        async with asyncio.timeout(MAX_DRAIN_S):
-            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
-                pass
-    except TimeoutError:  # too slow or too much: it may lose the answer
-        pass

@@ -28,7 +28,7 @@ async def audit(
     caller: Asking,
     tenant: Name = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    before: Annotated[int | None, Query(ge=1, description="The last number of the page before.")] = None,
+    before: Annotated[int | None, Query(ge=1, lt=2**63, description="The last number of the page before.")] = None,
 ) -> dict[str, Any]:
     whose = _whose(caller, tenant)
     entries = await asyncio.to_thread(state.registry.list_audit, whose, limit + 1, before)

@@ -11,21 +11,38 @@ from pydantic_core import PydanticCustomError
 from prefix_store.ensemble import MAX_MEMBERS, Rule
 from server.engine.sampling_params import SamplingParams
 
+Text = Annotated[str, StringConstraints(max_length=2**22)]  # a bound makes pydantic refuse lone surrogates
+Name = Annotated[str, StringConstraints(max_length=512)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 MAX_STOPS = 16
 Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 NumTokens = Annotated[int, Field(ge=1, lt=2**31)]  # how many fit is the context's business
 VersionNumber = Annotated[int, Field(ge=1, lt=10**9)]
+VersionText = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MAX_CHOICES = 16
 DEFAULT_NEW_TOKENS = 128  # TGI's
 MAX_PARTS = 32  # of a composition
 MAX_MODEL_LENGTH = MAX_PARTS * 195  # an owner, /, a name, @, a digest, a comma
+MAX_PROMPTS = 1000
+MAX_FIELDS = 64
 UNSUPPORTED = "unsupported"
 
 
 class WireModel(BaseModel):
+    """Every text, list and number of a model has a bound: what is refused must cost little."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_fields(cls, values: Any) -> Any:
+        """An error is made for each unknown field, of a few million too."""
+        if isinstance(values, dict) and len(values) > MAX_FIELDS:
+            raise PydanticCustomError(
+                "too_many_fields", "expected <= {most} fields, got {got}", {"most": MAX_FIELDS, "got": len(values)}
+            )
+        return values
 
 
 def refuse(values: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
@@ -49,7 +66,7 @@ class GenerateParameters(WireModel):
     max_new_tokens: NumTokens | None = None
     do_sample: bool | None = None
     temperature: float | None = Field(None, gt=0, le=100)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
     top_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     seed: Seed | None = None
@@ -57,7 +74,7 @@ class GenerateParameters(WireModel):
     return_full_text: bool | None = None
     details: bool | None = None
     ignore_eos: bool | None = None
-    adapter_id: str | None = None
+    adapter_id: Annotated[str, StringConstraints(max_length=MAX_MODEL_LENGTH)] | None = None
     raw: bool | None = None
 
     @model_validator(mode="before")
@@ -111,7 +128,7 @@ class GenerateRequest(WireModel):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"inputs": "A fine film.\nSentiment:", "parameters": {"max_new_tokens": 4}}]}
     )
-    inputs: str = Field(min_length=1)
+    inputs: Text = Field(min_length=1)
     parameters: GenerateParameters | None = None
     stream: bool | None = None
 
@@ -127,7 +144,7 @@ class OpenAIRequest(WireModel):
     model: str = Field(min_length=1, max_length=MAX_MODEL_LENGTH)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -135,7 +152,7 @@ class OpenAIRequest(WireModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    user: str | None = Field(None, max_length=512)
+    user: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -192,7 +209,7 @@ class CompletionRequest(OpenAIRequest):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"model": "films", "prompt": "A fine film.\nSentiment:", "max_tokens": 4}]}
     )
-    prompt: str | list[str]
+    prompt: Text | Annotated[list[Text], Field(max_length=MAX_PROMPTS)]
     max_tokens: NumTokens | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
 
@@ -209,13 +226,13 @@ class CompletionRequest(OpenAIRequest):
 
 class TextPart(WireModel):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(WireModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PROMPTS)]
+    name: Name | None = None
 
     def as_template_input(self) -> dict[str, str]:
         parts = self.content if isinstance(self.content, list) else []
@@ -251,7 +268,11 @@ class ActivateRequest(WireModel):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"version": 2}, {"version": "previous"}, {"weights": {"3": 90, "4": 10}}]}
     )
-    version: StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    version: (
+        Annotated[StrictInt, Field(ge=0, lt=10**9)]
+        | Annotated[str, StringConstraints(min_length=1, max_length=64)]
+        | None
+    ) = None
     weights: dict[VersionNumber, Annotated[StrictInt, Field(ge=1, le=1_000_000)]] | None = Field(
         None, min_length=1, max_length=4
     )

@@ -71,7 +71,7 @@ async def upload(
     state: State,
     caller: Asking,
     task: str,
-    index: Annotated[int | None, Query(ge=0, description="One task of a multitask file.")] = None,
+    index: Annotated[int | None, Query(ge=0, lt=2**31, description="One task of a multitask file.")] = None,
     note: Annotated[str, Query(max_length=200)] = "",
     activate: Annotated[Literal["auto", "true", "false"], Query()] = "auto",
     accept_base: Annotated[bool, Query(description="Store it although it names another base model.")] = False,
@@ -88,22 +88,33 @@ async def upload(
     precondition = precondition_of(if_match, if_none_match)
     tenant = caller.tenant.name
     await state.limits.admit_upload(caller.tenant)
-    async with state.uploads:
+    kind = _content_type(request)
+    if kind == "application/json" or kind in NATIVE_TYPES or not kind:
+        files: tuple[bytes, ...] = (await request.body(),)
+    elif kind == "multipart/form-data":
+        files = await _parts(request)
+    else:
+        raise RequestError(
+            415,
+            f"Content-Type must be multipart/form-data, application/json or one of {', '.join(NATIVE_TYPES)}, "
+            f"got {kind[:80]!r}",
+        )
+    async with state.uploads:  # nobody waits here for a caller who sends slowly
         options: dict[str, Any] = {
             "note": note,
             "activate": goes_live,
             "precondition": precondition,
             "limits": caller.tenant.limits,
         }
-        if _content_type(request) == "application/json":
+        if kind == "application/json":
             if index is not None:
                 raise RequestError(422, "index picks a task of a PEFT multitask file; an ensemble names its members")
-            wanted = _ensemble(await request.body())
+            wanted = _ensemble(*files)
             ensemble = await asyncio.to_thread(state.store.make_ensemble, tenant, wanted.members, wanted.rule)
             state.check_ensemble(ensemble)
             publish = partial(state.store.publish_ensemble, tenant, task, ensemble, **options)
         else:
-            prefix = await _read(request, state, index)
+            prefix = await asyncio.to_thread(_parse, state, files, index)
             base = state.store.match_base(prefix, accept_base)
             await state.engine.check(prefix, tenant)
             publish = partial(state.store.publish, tenant, task, prefix, base=base, **options)
@@ -118,21 +129,14 @@ async def upload(
     return JSONResponse(manifest(state, published.task, published.version), 201 if published.is_new else 200, headers)
 
 
-async def _read(request: Request, state: AppState, index: int | None) -> Prefix:
-    """The upload as a validated prefix; nothing is stored yet."""
-    kind = _content_type(request)
-    if kind == "multipart/form-data":
-        config, weights = await _parts(request)
-        return await asyncio.to_thread(state.store.parse_peft, config, weights, index)
-    if kind and kind not in NATIVE_TYPES:
-        raise RequestError(
-            415,
-            f"Content-Type must be multipart/form-data, application/json or one of {', '.join(NATIVE_TYPES)}, "
-            f"got {kind[:80]!r}",
-        )
+def _parse(state: AppState, files: tuple[bytes, ...], index: int | None) -> Prefix:
+    """PEFT's two files, or a native one, as a validated prefix; nothing is stored yet."""
+    if len(files) == 2:
+        config, weights = files
+        return state.store.parse_peft(config, weights, index)
     if index is not None:
         raise RequestError(422, "index picks a task of a PEFT multitask file; a native file has one")
-    return await asyncio.to_thread(state.store.parse_native, await request.body())
+    return state.store.parse_native(*files)
 
 
 def _content_type(request: Request) -> str:

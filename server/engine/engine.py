@@ -175,7 +175,9 @@ class Engine:
         try:
             batch = batch_of(rows, {row for sequence in sampled for row in sequence.rows}, kv_blocks, prefixes)
             samples = sample(self.runner.run(batch), sampled, kv_blocks.kernels)
-        except (RuntimeError, IndexError, ValueError) as error:
+        except Exception as error:  # also when memory is short; whoever is at fault for it is found
+            for sequence in sampled:
+                sequence.rewind_draws()
             return self._run_alone(sequences, prefixes, error)
         for row in rows:
             row.num_computed_tokens += row.num_scheduled_tokens
@@ -184,7 +186,7 @@ class Engine:
         for resident in prefixes:
             self.charge(resident.asked_by, resident.num_scheduled_tokens)
             self.residents.advance(resident)
-        return [self._append(sequence, chosen) for sequence, chosen in zip(sampled, samples, strict=True)]
+        return [self._append_or_fail(sequence, chosen) for sequence, chosen in zip(sampled, samples, strict=True)]
 
     def _run_alone(
         self, sequences: list[Sequence], prefixes: list[ResidentPrefix], error: Exception
@@ -204,6 +206,13 @@ class Engine:
         for resident in prefixes:
             self._finished_loads.put((resident, error))  # the next step tells those who wait
         return [self._fail(sequence, GenerationError(f"the step failed: {error}")) for sequence in sequences]
+
+    def _append_or_fail(self, sequence: Sequence, chosen: Sample) -> StepOutput:
+        try:
+            return self._append(sequence, chosen)
+        except Exception as error:  # of this row alone: the others have their tokens
+            log.exception("row_failed", request_id=sequence.request_id)
+            return self._fail(sequence, GenerationError(f"the row failed: {error}"))
 
     def _append(self, sequence: Sequence, chosen: Sample) -> StepOutput:
         if chosen.token_id is None:

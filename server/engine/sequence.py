@@ -270,6 +270,13 @@ class Sequence:
         for row in self.rows:
             row.token_ids.append(token_id)
 
+    def rewind_draws(self) -> None:
+        """A step that failed may have drawn for a token that it did not give: the next one draws it again."""
+        if self.generator is not None:
+            self.generator.manual_seed(self.generator.initial_seed())
+            for _ in range(self.num_generated_tokens):
+                torch.rand((), generator=self.generator)
+
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)

@@ -1,0 +1,82 @@
+"""Bodies on their way in: bounded in size, in time, and all together in memory."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
+
+GRACE_S = 30.0  # for a body, and beyond that
+MIN_BYTES_PER_S = 64 * 1024
+MAX_DROP_S = 5.0
+
+
+class BodyMemory:
+    """How many bytes of bodies the requests hold that are served now."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Raises HTTPException 503."""
+        if self.num_bytes + num_bytes > self.max_bytes:
+            raise HTTPException(503, "too many bodies at once; try again", {"Retry-After": "1"})
+        self.num_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self.num_bytes -= num_bytes
+
+
+class Body:
+    """One request's. What was received of it counts in `memory` until `release`."""
+
+    def __init__(self, receive: Receive, memory: BodyMemory, max_bytes: int, *, is_whole: bool = False) -> None:
+        self._receive = receive
+        self._memory = memory
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._num_held = 0
+        self._started_s = asyncio.get_running_loop().time()
+        self._is_late = False
+        self.is_whole = is_whole
+
+    async def receive(self) -> Message:
+        """As ASGI's. Raises HTTPException 408 for one that comes too slowly, 413 as soon as there is too much of it,
+        503 when there are too many."""
+        if self.is_whole:
+            return await self._receive()
+        due_s = self._started_s + GRACE_S + self._num_bytes / MIN_BYTES_PER_S
+        try:
+            async with asyncio.timeout_at(due_s):
+                message = await self._receive()
+        except TimeoutError:
+            self._is_late = True
+            raise HTTPException(
+                408, f"the body must come at {MIN_BYTES_PER_S} bytes/s after {GRACE_S:g} s, got {self._num_bytes} bytes"
+            ) from None
+        self.is_whole = message["type"] != "http.request" or not message.get("more_body", False)
+        num_bytes = len(message.get("body", b""))
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._max_bytes:
+            raise HTTPException(413, f"the body must be <= {self._max_bytes} bytes, got more")
+        self._memory.take(num_bytes)
+        self._num_held += num_bytes
+        return message
+
+    async def drop_rest(self) -> None:
+        """Take what the caller is still sending, for a while: closing on it could cost it the answer."""
+        if self._is_late:
+            return
+        try:
+            async with asyncio.timeout(MAX_DROP_S):
+                while not self.is_whole:
+                    message = await self._receive()
+                    self.is_whole = message["type"] != "http.request" or not message.get("more_body", False)
+        except TimeoutError:  # too slow or too much: it may lose the answer
+            pass
+
+    def release(self) -> None:
+        self._memory.give_back(self._num_held)
+        self._num_held = 0
