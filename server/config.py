@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     )
     model_revision: str | None = None
     data_dir: Path = Field(default_factory=default_data_dir, description="Registry and blobs.")
-    redis_url: str | None = Field(default=None, description="A registry that replicas share; none: SQLite.")
+    redis_url: str | None = Field(default=None, repr=False, description="A registry that replicas share; none: SQLite.")
     blob_url: str | None = Field(default=None, description="Where files are, for fsspec; none: in data_dir.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"

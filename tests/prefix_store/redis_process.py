@@ -15,23 +15,31 @@ from redis.retry import Retry
 
 
 class RedisProcess:
-    """Started, killed and started again on the same port with the same files."""
+    """Started, killed and started again on the same port with the same files.
 
-    def __init__(self, folder: Path) -> None:
+    With a `password` it is on TLS alone, with the `certificate` (and its key) for localhost that `ca` signed.
+    """
+
+    def __init__(
+        self, folder: Path, *, password: str = "", certificate: Path | None = None, ca: Path | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self._port}/0"
+            port = free.getsockname()[1]
+        self._options = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", "loglevel": "warning"}
+        self._options |= {"appendonly": "yes", "appendfsync": "always", "auto-aof-rewrite-percentage": 0}
+        self.url = f"redis://127.0.0.1:{port}/0"
+        if password:
+            self._options |= {"port": 0, "tls-port": port, "tls-auth-clients": "no", "requirepass": password}
+            self._options |= {"tls-cert-file": certificate, "tls-key-file": certificate, "tls-ca-cert-file": ca}
+            self.url = f"rediss://:{password}@localhost:{port}/0?ssl_ca_certs={ca}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         program = shutil.which("redis-server")
         assert program is not None, "the tests need redis-server: make test installs it"
-        options = {"port": self._port, "bind": "127.0.0.1", "dir": self._folder, "save": "", "loglevel": "warning"}
-        options |= {"appendonly": "yes", "appendfsync": "always", "auto-aof-rewrite-percentage": 0}
-        command = [program, *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+        command = [program, *(str(part) for name, value in self._options.items() for part in (f"--{name}", value))]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline_s = time.monotonic() + 20
         with self.client() as client:
