@@ -59,7 +59,7 @@ STATUSES: dict[type[Exception], int] = {
     store_errors.UnavailableError: 503,
     engine_errors.PromptTooLongError: 422,
     engine_errors.OverloadedError: 503,
-    engine_errors.TenantQueueFullError: 429,
+    engine_errors.TenantBusyError: 429,
     engine_errors.PrefixLoadError: 424,
     engine_errors.PrefixFaultError: 422,
     engine_errors.GenerationError: 500,

@@ -6,7 +6,9 @@ EngineError
  +- OverloadedError        the queue is full; try again after `retry_after_s`
  |   +- QueueTimeoutError  waited longer than the queue allows
  |   +- PinnedRoomError    pinned prefixes leave no room for this one
- +- TenantQueueFullError   the tenant has all the queue places it may; try again after `retry_after_s`
+ +- TenantBusyError        the tenant has all that it may at once; try again after `retry_after_s`
+ |   +- TenantQueueFullError   queue places
+ |   +- TenantQueueTimeoutError  rows: it waited for its own longer than the queue allows
  +- PrefixLoadError        the prefix could not be made resident
  +- PrefixFaultError       the prefix gives logits that are not finite, or does not fit the pool
  +- GenerationError        the row failed at run time
@@ -41,10 +43,18 @@ class PinnedRoomError(OverloadedError):
     pass
 
 
-class TenantQueueFullError(EngineError):
+class TenantBusyError(EngineError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TenantQueueFullError(TenantBusyError):
+    pass
+
+
+class TenantQueueTimeoutError(TenantBusyError):
+    pass
 
 
 class PrefixLoadError(EngineError):

@@ -41,13 +41,13 @@ class QueuePlaces:
         num_queued = len(self._places)
         if self._is_full(tenant_id, num_queued + 1, len(own) + 1, self._max_queued):
             self._metrics.rejected("queue_full")
-            raise OverloadedError(f"the queue holds {num_queued} requests, its limit is {self._max_queued}")
+            raise OverloadedError(f"the queue is full, its limit is {self._max_queued} requests")
         queued_tokens = sum(place.num_tokens for place in self._places.values())
         if queued_tokens and self._is_full(
             tenant_id, queued_tokens + num_tokens, sum(own) + num_tokens, self._max_queued_tokens
         ):
             self._metrics.rejected("queue_tokens")
-            raise OverloadedError(f"the queue holds {queued_tokens} tokens, its limit is {self._max_queued_tokens}")
+            raise OverloadedError(f"the queue is full, its limit is {self._max_queued_tokens} tokens")
 
     def leave(self, request_id: str) -> None:
         """May be called again."""

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from server.engine.engine import StepOutput
-from server.engine.errors import OverloadedError, QueueTimeoutError
+from server.engine.errors import OverloadedError, QueueTimeoutError, TenantQueueTimeoutError
 from server.metrics import Metrics
+
+REJECTED = {
+    QueueTimeoutError: "queue_time",
+    TenantQueueTimeoutError: "tenant_queue_time",
+    OverloadedError: "pinned_room",
+}
 
 
 class RequestMetrics:
@@ -15,8 +21,9 @@ class RequestMetrics:
     def observe(self, output: StepOutput, now: float) -> None:
         sequence = output.sequence
         if output.error is not None or output.token is None:
-            if isinstance(output.error, OverloadedError):
-                self._metrics.rejected("queue_time" if isinstance(output.error, QueueTimeoutError) else "pinned_room")
+            reason = next((reason for kind, reason in REJECTED.items() if isinstance(output.error, kind)), None)
+            if reason is not None:
+                self._metrics.rejected(reason)
             self._metrics.request_finished("error")
             return
         previous_s = self._tokens_at_s.get(sequence.request_id)

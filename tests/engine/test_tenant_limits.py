@@ -11,7 +11,13 @@ import pytest
 from prometheus_client import generate_latest
 
 from server.engine.async_engine import AsyncEngine
-from server.engine.errors import OverloadedError, PromptTooLongError, TenantQueueFullError
+from server.engine.errors import (
+    OverloadedError,
+    PromptTooLongError,
+    QueueTimeoutError,
+    TenantQueueFullError,
+    TenantQueueTimeoutError,
+)
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.tenant_policy import TenantPolicy
@@ -49,6 +55,23 @@ def test_a_tenant_has_no_more_rows_than_it_may_and_others_have_the_rest(tenants:
         ran = [*tenants.engine.scheduler.running, *(output.sequence for output in outputs if output.is_last)]
         assert sum(len(sequence.rows) for sequence in ran) == MAX_ROWS
         assert sum(len(sequence.rows) for sequence in ran if sequence.tenant_id == "a") <= 2
+    tenants.finish()
+
+
+def test_who_waits_too_long_for_its_own_rows_is_told_so(tenants: Tenants) -> None:
+    tenants.engine.policies.set("a", TenantPolicy(max_rows=1))
+    for name in "aab":
+        tenants.add(name, num_out=40)
+    tenants.step()
+    tenants.add_many("b", MAX_ROWS)
+    tenants.engine.scheduler.max_queue_s = 0.0
+    errors = {output.sequence.tenant_id: output.error for output in tenants.step() if output.error is not None}
+    assert {name: type(error) for name, error in errors.items()} == {
+        "a": TenantQueueTimeoutError,
+        "b": QueueTimeoutError,
+    }
+    assert "of those that the tenant may have" in str(errors["a"])
+    tenants.engine.scheduler.max_queue_s = 30.0
     tenants.finish()
 
 
@@ -159,19 +182,19 @@ def test_a_full_queue_has_places_for_those_who_have_less_than_their_part(tenants
             for _ in range(num_places):
                 engine.check_queue(tenant_id)
                 await ask(tenant_id)
-            with pytest.raises(OverloadedError, match="the queue holds"):
+            with pytest.raises(OverloadedError, match="the queue is full, its limit is 8 requests"):
                 engine.check_queue(tenant_id)
-            with pytest.raises(OverloadedError, match="the queue holds"):
+            with pytest.raises(OverloadedError, match="the queue is full, its limit is 8 requests"):
                 await ask(tenant_id)
         await engine.start()
         for stream in made:
             await stream.rest()
         made.clear()
         await ask("loud", 90)
-        with pytest.raises(OverloadedError, match="the queue holds 90 tokens"):
+        with pytest.raises(OverloadedError, match="the queue is full, its limit is 100 tokens"):
             await ask("loud", 20)
         await ask("quiet", 50)
-        with pytest.raises(OverloadedError, match="the queue holds 140 tokens"):
+        with pytest.raises(OverloadedError, match="the queue is full, its limit is 100 tokens"):
             await ask("quiet", 1)
 
     with_engine(tenants, use)
