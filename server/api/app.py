@@ -17,7 +17,6 @@ from server.api.query import refuse_unknown_query
 from server.api.state import AppState
 from server.api.upkeep import Upkeep
 
-MAX_FLUSH_S = 10  # at a stop, for answers that were not read yet
 DESCRIPTION = "One frozen language model, thousands of learned prefixes, one continuous batch."
 
 
@@ -75,7 +74,6 @@ def server_config(state: AppState) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="on",
-        timeout_graceful_shutdown=MAX_FLUSH_S,
     )
 
 

@@ -61,7 +61,7 @@ class RateLimits:
 
     async def _take(self, grant: Grant, bucket: str, amount: int, limit: int) -> None:
         is_taken, left, wait_s = await asyncio.to_thread(
-            self._registry.take, grant.tenant.name, bucket, amount, limit, limit / MINUTE_S, time.time()
+            self._registry.take, grant.tenant.name, bucket, amount, limit, limit / MINUTE_S, time.monotonic()
         )
         reset_s = (limit - left) * MINUTE_S / limit
         grant.headers |= {
@@ -79,7 +79,7 @@ class RateLimits:
     async def _give_back(self, tenant: Tenant, bucket: str, amount: int, limit: int) -> None:
         """More than was taken may be taken: then the bucket owes."""
         give = partial(self._registry.take, may_owe=True)
-        await asyncio.to_thread(give, tenant.name, bucket, -amount, limit, limit / MINUTE_S, time.time())
+        await asyncio.to_thread(give, tenant.name, bucket, -amount, limit, limit / MINUTE_S, time.monotonic())
 
 
 def estimate(num_prompt_bytes: int, num_answers: int, max_new_tokens: int, num_rows: int) -> int:

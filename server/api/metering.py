@@ -15,9 +15,9 @@ from prefix_store.usage import Usage
 log = structlog.get_logger()
 
 
-def today(now_s: float | None = None) -> str:
+def today() -> str:
     """The UTC day, `2026-11-25`."""
-    return time.strftime("%Y-%m-%d", time.gmtime(now_s))
+    return time.strftime("%Y-%m-%d", time.gmtime(time.time()))
 
 
 class Meter:

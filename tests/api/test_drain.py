@@ -14,6 +14,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.conftest import NATIVE, native
+
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path
@@ -63,9 +65,31 @@ def test_signal_finishes_what_runs_and_refuses_the_rest(model_path: Path, tmp_pa
             refused = http.post("/generate", json=LONG)
             assert refused.status_code == 503
             assert refused.json()["error_type"] == "overloaded"
+            assert int(refused.headers["Retry-After"]) >= 1
+            upload = http.put("/v1/prefixes/late", content=native(1), headers={"Content-Type": NATIVE})
+            assert (upload.status_code, int(upload.headers["Retry-After"]) >= 1) == (503, True)
             last = json.loads(list(lines)[-1].removeprefix("data: "))
             assert last["details"]["generated_tokens"] == 250
         assert running.wait(20) == 0
+
+
+def test_an_upload_on_its_way_finishes(model_path: Path, tmp_path: Path) -> None:
+    body = native(2)
+    head = f"PUT /v1/prefixes/films HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with process(model_path, tmp_path) as (running, url), httpx.Client(base_url=url, timeout=60) as http:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as one:
+            one.sendall(head.encode() + body[:100])
+            assert http.get("/readyz").status_code == 200  # its head was read before this was
+            running.send_signal(signal.SIGTERM)
+            while http.get("/readyz").status_code != 503:
+                pass
+            time.sleep(0.3)
+            assert httpx.get(f"{url}/readyz").status_code == 503  # it says so as long as it finishes something
+            one.sendall(body[100:])
+            assert one.recv(12) == b"HTTP/1.1 201"
+        assert running.wait(20) == 0
+    with process(model_path, tmp_path) as (running, url):
+        assert httpx.get(f"{url}/v1/prefixes/films").json()["active"] == 1
 
 
 def test_signal_to_an_idle_server_ends_it(model_path: Path, tmp_path: Path) -> None:

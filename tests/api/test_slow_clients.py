@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from server.api import bodies, connection
 from server.api.gate import Gate
 from server.engine.request_stream import RequestStream
 from server.engine.sequence import TokenOutput
-from tests.conftest import NATIVE, Served, native
+from server.model_files import ModelFiles
+from server.start import make_state
+from tests.conftest import NAME, NATIVE, Served, native, serve_in_thread, settings_for
 
 NUM_SLOW = 50
 ENDS_S = 20.0
@@ -241,6 +244,24 @@ def streams(idle: Served, monkeypatch: pytest.MonkeyPatch) -> list[RequestStream
 
     monkeypatch.setattr(RequestStream, "__init__", remember)
     return made
+
+
+def test_what_nobody_reads_does_not_hold_a_stop(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that is finished and waits in the connection's buffer."""
+    monkeypatch.setattr(connection, "MAX_FLUSH_S", 0.3)
+    serving = serve_in_thread(make_state(settings_for(tmp_path), ModelFiles(model_path, NAME)))
+    served = next(serving)
+    body = json.dumps({"inputs": "x", "parameters": {"max_new_tokens": ROW_TOKENS, "ignore_eos": True}}).encode()
+    with ExitStack() as stack:
+        with small_buffers(served):
+            one = stack.enter_context(connect(served, SO_RCVBUF=SEND_BUFFER))
+            one.sendall(head("POST", "/generate_stream", "application/json", f"Content-Length: {len(body)}") + body)
+            eventually(lambda: served.state.num_active == 1)
+            eventually(lambda: served.state.num_active == 0)
+        with pytest.raises(StopIteration):
+            next(serving)
 
 
 class TestSlowReaders:

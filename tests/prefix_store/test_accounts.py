@@ -165,3 +165,17 @@ class TestBuckets:
     def test_lower_capacity_counts_at_once(self, registry: Registry) -> None:
         assert registry.take(OURS, "b", 0, 100, 1, time.monotonic()).remaining == 100
         assert registry.take(OURS, "b", 3, 2, 1, time.monotonic()) == (False, 2, math.inf)
+
+    @pytest.mark.parametrize("step_s", [-30 * 86400, -3600, 3600, 30 * 86400])
+    def test_a_callers_clock_that_steps_gives_at_most_a_full_bucket_and_takes_nothing(
+        self, registry: Registry, step_s: int
+    ) -> None:
+        def take(amount: float, now: float) -> tuple[bool, float, float]:
+            return registry.take(OURS, "b", amount, 10, 0.001, now)
+
+        assert take(6, 5e6)[0]
+        taken, remaining, _ = take(0, 5e6 + step_s)
+        assert taken
+        assert 4 <= remaining <= 10
+        assert take(4, 5e6 + step_s)[0], "it holds at least what it held"
+        assert take(0, 5e6)[1] <= 10

@@ -152,6 +152,57 @@ class TestFiles:
             assert client.keys("*leases*") == []
 
 
+class TestClock:
+    """A step of Redis's own clock is to what is kept there as if it had been written then."""
+
+    @pytest.mark.parametrize("step_s", [-30 * 86400, -3600, 3600, 30 * 86400])
+    def test_a_bucket_neither_locks_out_nor_overflows(
+        self, registry: RedisRegistry, redis_process: RedisProcess, step_s: int
+    ) -> None:
+        def take(amount: float) -> tuple[bool, float, float]:
+            return registry.take(OURS, "b", amount, 10, 5, 0.0)
+
+        assert take(10)[0]
+        with redis_process.client() as client:
+            at_s = float(client.hget(keys.bucket(OURS, "b"), "at"))
+            client.hset(keys.bucket(OURS, "b"), "at", at_s - step_s)
+        _, remaining, wait_s = take(5)
+        assert 0 <= remaining <= 10
+        assert wait_s <= 1
+        time.sleep(wait_s)
+        assert take(1)[0]
+
+    def test_a_lease_that_ended_by_a_step_is_taken_again(
+        self, registry: RedisRegistry, redis_process: RedisProcess
+    ) -> None:
+        num_puts = 0
+
+        def put() -> None:
+            nonlocal num_puts
+            num_puts += 1
+            with redis_process.client() as client:
+                leases = client.hgetall(keys.leases(OURS, DIGEST))
+                if num_puts == 1:
+                    client.hset(keys.leases(OURS, DIGEST), mapping=dict.fromkeys(leases, 1))
+
+        def decide(draft: Draft) -> Published:
+            new = new_version(DIGEST, LAYOUT)
+            return add_version(draft, "t", new, activate=None, precondition=ANY, limits=None, now_s=0.0)
+
+        assert registry.change(OURS, decide, NewFile(DIGEST, put)).is_new
+        assert num_puts == 2
+
+    def test_a_lease_from_the_future_keeps_a_file_and_no_upload(
+        self, files: RedisFiles, registry: RedisRegistry, redis_process: RedisProcess
+    ) -> None:
+        """Of an upload that was killed before the clock went back: its file stays until then."""
+        token = files.acquire(OURS, DIGEST)
+        with redis_process.client() as client:
+            client.hset(keys.leases(OURS, DIGEST), token, int((time.time() + 30 * 86400) * 1000))
+        assert dropped_by(files) == []
+        assert add(registry, "t", new_version(DIGEST, LAYOUT)).is_new
+
+
 class TestAway:
     def test_every_call_says_that_the_registry_is_away(self, tmp_path: Path) -> None:
         process = RedisProcess(tmp_path)
