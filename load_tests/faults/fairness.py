@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=30)
     arguments = parser.parse_args()
-    with keyed("--max-rows", str(MAX_ROWS)) as server:
+    with keyed("--max-rows", str(MAX_ROWS), "--max-queue-s", "600") as server:
         quiet = [server.tenant(f"quiet-{i}") for i in range(NUM_QUIET)]
         many = [server.tenant(f"equal-{i}") for i in range(NUM_LOUD)]
         greedy, alone = server.tenant("greedy"), server.tenant("alone")
