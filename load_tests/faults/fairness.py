@@ -1,6 +1,8 @@
 """Quiet tenants beside one that asks for 50 times its share, and beside 50 that ask for one share each.
 
-    PYTHONPATH=load_tests python -m faults.fairness [--rounds 5] [--seconds 30]
+    PYTHONPATH=load_tests python -m faults.fairness [--rounds 5] [--seconds 30] [--model PATH]
+
+On a tiny model by default: a wave of requests takes a second, so that there are many.
 
 Every round measures, in turn: `equal`, 50 tenants with one request on its way each; `greedy`, one tenant with 50;
 `first come`, the same 54 streams of requests from one single tenant, whose requests are served in the order of arrival.
@@ -15,15 +17,21 @@ import asyncio
 import random
 import statistics
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from faults.keyed import Keyed, keyed
 from http_client import Connection
 from workloads import prompt
 
+from tests.byte_model import save_byte_model
+
 NUM_QUIET, NUM_LOUD, NUM_IN, NUM_OUT = 4, 50, 32, 32
 MAX_ROWS = 16
+OPTIONS = ("--max-rows", str(MAX_ROWS), "--max-queue-s", "600")
 PAUSE_S = 0.5
 MAX_TTFT, MIN_THROUGHPUT = 1.3, 0.97
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1, 2  # of the virtual token counters
@@ -108,8 +116,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--model", type=Path, help="a folder; none: a tiny one")
     arguments = parser.parse_args()
-    with keyed("--max-rows", str(MAX_ROWS), "--max-queue-s", "600") as server:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = arguments.model or save_byte_model(folder / "fair")
+        server = stack.enter_context(keyed("--model", str(model), *OPTIONS))
         quiet = [server.tenant(f"quiet-{i}") for i in range(NUM_QUIET)]
         many = [server.tenant(f"equal-{i}") for i in range(NUM_LOUD)]
         greedy, alone = server.tenant("greedy"), server.tenant("alone")
