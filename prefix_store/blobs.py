@@ -21,6 +21,8 @@ from prefix_store.tenants import DEFAULT_TENANT, is_tenant_name
 SUFFIX = ".safetensors"
 PART = ".part-"
 FOLDER = re.compile(r"[0-9a-f]{2}")
+# One that hangs is given up in about a minute: s3fs makes five calls, each of two attempts, 5 s from packet to packet.
+S3_TIMES: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 2}}
 
 
 class Blobs:
@@ -28,19 +30,25 @@ class Blobs:
     name only when it is whole and on the disk. Tenants share none: what one stores costs another the same time as if
     it were not there.
 
-    Opening moves files without a tenant, `<root>/<xx>/<digest>.safetensors`, to the tenant `default`.
+    Opening moves files without a tenant, `<root>/<xx>/<digest>.safetensors`, to the tenant `default`. All raises
+    UnavailableError where the files cannot be reached.
     """
 
     def __init__(self, root: str | Path) -> None:
         self._fs: Any
-        self._fs, found = fsspec.core.url_to_fs(str(root), use_listings_cache=False)  # other replicas write as well
-        self._root = str(found).rstrip("/")
-        self._is_local = "file" in ((self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol)
-        self._fs.makedirs(self._root, exist_ok=True)
-        self._move_untenanted()
+        with _named("open where the files are"):  # without the URL: it may hold a key
+            self._is_s3 = str(root).startswith("s3:")
+            options = {"config_kwargs": S3_TIMES} if self._is_s3 else {}
+            # Other replicas write as well: no listing is kept.
+            self._fs, found = fsspec.core.url_to_fs(str(root), use_listings_cache=False, **options)
+            self._root = str(found).rstrip("/")
+            names = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol
+            self._is_local = "file" in names
+            self._fs.makedirs(self._root, exist_ok=True)
+            self._move_untenanted()
 
     def put(self, tenant: str, body: bytes) -> str:
-        """Store `body`; the digest. Raises StorageFullError, UnavailableError."""
+        """Store `body`; the digest. Raises StorageFullError."""
         digest = digest_of(body)
         path = self._path(tenant, digest)
         parent = path.rsplit("/", 1)[0]
@@ -58,6 +66,8 @@ class Blobs:
                     os.replace(temporary, path)
                     for folder in (parent, parent.rsplit("/", 1)[0], self._root):
                         _fsync_folder(folder)
+                elif self._is_s3:  # there a file appears when it is whole
+                    self._fs.pipe_file(path, body)
                 else:
                     self._fs.pipe_file(temporary, body)
                     self._fs.mv(temporary, path)
@@ -68,7 +78,7 @@ class Blobs:
         return digest
 
     def get(self, tenant: str, digest: str) -> bytes:
-        """The blob, checked against its digest. Raises DamagedBlobError, UnavailableError."""
+        """The blob, checked against its digest. Raises DamagedBlobError."""
         with _named(f"read the file of {digest[:12]}"):
             try:
                 body: bytes = self._fs.cat_file(self._path(tenant, digest))
@@ -80,10 +90,10 @@ class Blobs:
         return body
 
     def exists(self, tenant: str, digest: str) -> bool:
-        return bool(self._fs.exists(self._path(tenant, digest)))
+        with _named(f"look for the file of {digest[:12]}"):
+            return bool(self._fs.exists(self._path(tenant, digest)))
 
     def delete(self, tenant: str, digest: str) -> None:
-        """Raises UnavailableError."""
         path = self._path(tenant, digest)
         with _named(f"delete the file of {digest[:12]}"):
             if self._fs.exists(path):
@@ -99,8 +109,7 @@ class Blobs:
         return found
 
     def sweep(self, min_age_s: float = 0.0) -> None:
-        """Remove what writers that were killed left under temporary names, if it is as old as that. Raises
-        UnavailableError."""
+        """Remove what writers that were killed left under temporary names, if it is as old as that."""
         for path in self._files():
             if path.rsplit("/", 1)[1].startswith(PART):
                 with _named("delete what a killed writer left"), suppress(FileNotFoundError):
@@ -108,7 +117,9 @@ class Blobs:
                         self._fs.rm_file(path)
 
     def _files(self) -> Iterator[str]:
-        return (str(path) for path in self._fs.find(self._root))
+        with _named("list the files"):
+            found = self._fs.find(self._root)
+        return (str(path) for path in found)
 
     def _path(self, tenant: str, digest: str) -> str:
         assert is_tenant_name(tenant), "names are checked where they come in"

@@ -61,6 +61,7 @@ STATUSES: dict[type[Exception], int] = {
     engine_errors.OverloadedError: 503,
     engine_errors.TenantBusyError: 429,
     engine_errors.PrefixLoadError: 424,
+    engine_errors.PrefixAwayError: 503,
     engine_errors.PrefixFaultError: 422,
     engine_errors.GenerationError: 500,
 }

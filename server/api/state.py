@@ -7,6 +7,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from fastapi import Depends, Request
 
 from prefix_store.audit import AuditEntry
 from prefix_store.ensemble import Ensemble, Rule
+from prefix_store.errors import UnavailableError
 from prefix_store.prefix import Layout
 from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
@@ -208,10 +210,11 @@ class AppState:
     async def _evict_when_unused(self, ref: PrefixRef) -> None:
         """Its content may be published again meanwhile: then it stays."""
         while self.engine.residency(ref.key) != "cold":
-            if await asyncio.to_thread(self.store.has_file, ref.tenant_id, ref.digest):
-                return
-            if await self.engine.evict(ref.key):
-                return
+            with suppress(UnavailableError):  # it is asked again
+                if await asyncio.to_thread(self.store.has_file, ref.tenant_id, ref.digest):
+                    return
+                if await self.engine.evict(ref.key):
+                    return
             await asyncio.sleep(0.1)
 
     def residency(self, version: Version) -> str:

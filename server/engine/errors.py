@@ -10,6 +10,7 @@ EngineError
  |   +- TenantQueueFullError   queue places
  |   +- TenantQueueTimeoutError  rows: it waited for its own longer than the queue allows
  +- PrefixLoadError        the prefix could not be made resident
+ +- PrefixAwayError        its file cannot be reached now; try again after `retry_after_s`
  +- PrefixFaultError       the prefix gives logits that are not finite, or does not fit the pool
  +- GenerationError        the row failed at run time
 """
@@ -59,6 +60,10 @@ class TenantQueueTimeoutError(TenantBusyError):
 
 class PrefixLoadError(EngineError):
     pass
+
+
+class PrefixAwayError(EngineError):
+    retry_after_s = 10
 
 
 class PrefixFaultError(EngineError):

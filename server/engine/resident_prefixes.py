@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
+from prefix_store.errors import UnavailableError
 from prefix_store.prefix import Layout
-from server.engine.errors import PinnedRoomError, PrefixFaultError, PrefixLoadError
+from server.engine.errors import EngineError, PinnedRoomError, PrefixAwayError, PrefixFaultError, PrefixLoadError
 from server.engine.kv_blocks import BlockAllocator
 from server.engine.recent_evictions import RecentEvictions
 from server.engine.resident_prefix import ResidentPrefix
@@ -53,7 +54,7 @@ class ResidentPrefixes:
         self._residents: OrderedDict[str, ResidentPrefix] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
         self._leaving: set[str] = set()  # that nobody new may hold
-        self._failures: dict[str, tuple[float, str]] = {}  # key -> (when, why)
+        self._failures: dict[str, tuple[float, type[EngineError], str]] = {}  # key -> (when, what, why)
         self._evictions = RecentEvictions()
         self.computing: list[ResidentPrefix] = []
         self.counts = ResidencyCounts()
@@ -90,8 +91,8 @@ class ResidentPrefixes:
     def preload(self, refs: Collection[PrefixRef], *, asked_by: str = "") -> bool:
         """Start loading what is cold of `refs` if there is room for all. True: they are resident or on their way.
 
-        Raises PrefixLoadError while a failed load is remembered, PrefixFaultError if they can never fit together, or
-        not within their tenant's limit, PinnedRoomError if they cannot beside what is pinned.
+        Raises PrefixLoadError or PrefixAwayError while a failed load is remembered, PrefixFaultError if they can never
+        fit together, or not within their tenant's limit, PinnedRoomError if they cannot beside what is pinned.
         """
         self.begin_step()
         return self._start_loads(refs, asked_by)
@@ -150,7 +151,8 @@ class ResidentPrefixes:
             return
         self.counts.num_failed_loads += 1
         why = f"prefix {resident.ref.digest[:12]} could not be loaded: {error}"
-        self._failures[resident.ref.key] = (time.monotonic(), why)
+        kind = PrefixAwayError if isinstance(error, UnavailableError) else PrefixLoadError
+        self._failures[resident.ref.key] = (time.monotonic(), kind, why)
         self._drop(resident)
 
     def advance(self, resident: ResidentPrefix) -> None:
@@ -170,16 +172,16 @@ class ResidentPrefixes:
         self.counts.num_evictions += 1
         return True
 
-    def failure(self, key: str) -> PrefixLoadError | None:
+    def failure(self, key: str) -> EngineError | None:
         """The remembered failure of a load, for 10 s."""
         found = self._failures.get(key)
         if found is None:
             return None
-        when, why = found
+        when, kind, why = found
         if time.monotonic() - when > FAILED_LOAD_REMEMBERED_S:
             del self._failures[key]
             return None
-        return PrefixLoadError(why)
+        return kind(why)
 
     def get(self, key: str) -> ResidentPrefix | None:
         return self._residents.get(key)

@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-import httpx
 import pytest
 
-from prefix_store.blobs import Blobs
+from prefix_store.blobs import S3_TIMES, Blobs
 from prefix_store.errors import DamagedBlobError, UnavailableError
 from prefix_store.redis_registry import RedisRegistry
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from tests.prefix_store.redis_process import RedisProcess
+from tests.prefix_store.s3_process import S3Process
 from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, publish, soft
 
 BODY = b"what a tenant stores"
 
 
-class S3Process:
-    """Started and killed; what it holds is in its memory."""
-
-    def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline_s = time.monotonic() + 60
-        while True:
-            try:
-                httpx.get(self.url, timeout=5)
-                return
-            except httpx.TransportError:
-                assert self._process.poll() is None, "moto's server did not start"
-                assert time.monotonic() < deadline_s, "moto's server did not start in time"
-                time.sleep(0.05)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Process]:
     process = S3Process()
-    names = {"AWS_ENDPOINT_URL": process.url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    for name, value in (names | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
+    for name, value in process.environment.items():
         monkeypatch.setenv(name, value)
     yield process
     process.kill()
@@ -63,11 +33,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Process]:
 
 @pytest.fixture
 def root(s3: S3Process) -> str:
-    """In a bucket of its own: fsspec keeps one file system a URL's options."""
-    fsspec.filesystem("s3").clear_instance_cache()
-    bucket = f"b{uuid.uuid4().hex}"
-    fsspec.filesystem("s3").mkdir(bucket)
-    return f"s3://{bucket}/files"
+    return s3.make_bucket()
 
 
 def test_files_come_back_whole_and_go(root: str) -> None:
@@ -151,3 +117,26 @@ def test_a_store_that_is_away_is_told_of(s3: S3Process, root: str) -> None:
         blobs.get(OURS, digest)
     with pytest.raises(UnavailableError, match="expected to delete the file of"):
         blobs.delete(OURS, digest)
+
+
+def test_a_store_that_hangs_is_told_of_as_well(s3: S3Process, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ten attempts; with what the library has of itself it were 25, of a quarter of a minute each."""
+    monkeypatch.setitem(S3_TIMES, "read_timeout", 0.5)
+    blobs = Blobs(root)
+    digest = blobs.put(OURS, BODY)
+    s3.stop()
+    asked_s = time.monotonic()
+    with pytest.raises(UnavailableError, match="expected to read the file of"):
+        blobs.get(OURS, digest)
+    assert time.monotonic() - asked_s < 15
+    s3.go_on()
+    assert blobs.get(OURS, digest) == BODY
+
+
+def test_what_is_not_there_at_the_start_is_told_of(s3: S3Process) -> None:
+    root = s3.make_bucket()
+    s3.kill()
+    fsspec.filesystem("s3").clear_instance_cache()
+    for url, reason in ((root, "Could not connect"), ("nonsense://x", "Protocol not known")):
+        with pytest.raises(UnavailableError, match=f"expected to open where the files are, got: {reason}"):
+            Blobs(url)
