@@ -52,6 +52,12 @@ class Served:
     def memory_bytes(self) -> int:
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
+    @property
+    def processor_s(self) -> float:
+        """That it has computed on all its threads since it started."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
+
     def get(self, path: str) -> dict[str, Any]:
         found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=60).raise_for_status().json()
         return found

@@ -6,8 +6,9 @@ On a tiny model by default: a wave of requests takes a second, so that there are
 
 Every round measures, in turn: `equal`, 50 tenants with one request on its way each; `greedy`, one tenant with 50;
 `first come`, the same 54 streams of requests from one single tenant, whose requests are served in the order of arrival.
-Four quiet tenants ask beside them, one request at a time with a pause. Then two tenants that always wait are compared
-by the tokens that they were served.
+Four quiet tenants ask beside them, one request at a time with a pause. Throughput is compared in processor seconds of
+the server for a token, `greedy` against `first come`: what else the machine does moves them little. Then two tenants
+that always wait are compared by the tokens that they were served.
 """
 
 from __future__ import annotations
@@ -133,23 +134,24 @@ def main() -> None:
         first_s: dict[str, list[float]] = {name: [] for name in cases}
         rates: dict[str, list[float]] = {name: [] for name in cases}
         for number in range(arguments.rounds):
-            for name, (few, loud) in cases.items():
+            for name, (few, loud) in random.Random(number).sample(list(cases.items()), len(cases)):
+                start_s = server.served.processor_s
                 seen, took_s = asyncio.run(run(server, few, loud, arguments.seconds, f"{name} {number}"))
                 first_s[name] += seen.first_s
-                rates[name].append(seen.num_tokens / took_s)
+                rates[name].append(seen.num_tokens / (server.served.processor_s - start_s))
                 print(
                     f"{name}: {len(seen.first_s)} quiet requests, first token p99 {p99(seen.first_s) * 1e3:.0f} ms, "
-                    f"{seen.num_tokens / took_s:.1f} tokens/s",
+                    f"{rates[name][-1]:.1f} tokens a processor second, {seen.num_tokens / took_s:.1f} a second",
                     flush=True,
                 )
         difference = asyncio.run(backlogged(server, [greedy, alone], arguments.seconds))
     waits = p99(first_s["greedy"]) / p99(first_s["equal"])
-    throughput = statistics.median(
-        fair / plain for fair, plain in zip(rates["greedy"], rates["first come"], strict=True)
-    )
+    pairs = sorted(fair / plain for fair, plain in zip(rates["greedy"], rates["first come"], strict=True))
+    throughput = statistics.median(pairs)
     bound = 2 * max(INPUT_WEIGHT * NUM_IN, OUTPUT_WEIGHT * MAX_ROWS * (NUM_IN + NUM_OUT))
     print(f"first token p99 of the quiet beside one greedy against 50 equal: {waits:.2f}x, held to <= {MAX_TTFT}x")
-    print(f"throughput against first come: {throughput:.3f}x, held to >= {MIN_THROUGHPUT}x")
+    spread = f"{pairs[0]:.3f} to {pairs[-1]:.3f}"
+    print(f"throughput against first come: {throughput:.3f}x ({spread}), held to >= {MIN_THROUGHPUT}x")
     print(f"two that always wait differ by {difference:.0f} weighed tokens at most, held to <= {bound}")
     sys.exit(waits > MAX_TTFT or throughput < MIN_THROUGHPUT or difference > bound)
 

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from served import served
+from served import Served, served
 
 OPERATOR_KEY = "the-operator-of-a-load-test-and-nobody-else"
 
 
 @dataclass(frozen=True)
 class Keyed:
-    port: int
+    served: Served
     http: httpx.Client  # the operator's
+
+    @property
+    def port(self) -> int:
+        return self.served.port
 
     def tenant(self, name: str, **limits: Any) -> str:
         """Make a tenant; its key."""
@@ -46,4 +50,4 @@ def keyed(*options: str, data_dir: Path | None = None) -> Iterator[Keyed]:
         with served("--operator-key-file", str(file), *options, data_dir=data_dir) as server:
             headers = {"Authorization": f"Bearer {OPERATOR_KEY}"}
             with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=headers, timeout=60) as http:
-                yield Keyed(server.port, http)
+                yield Keyed(server, http)
