@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -17,6 +18,7 @@ SCHEMA_VERSION = 1
 CONNECT_S = 2.0
 TIMEOUT_S = 3.0
 DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+EXPECTED = "expected a URL as rediss://:PASSWORD@HOST:PORT/0, with %2F, %23 and %40 for a password's own /, # and @;"
 UNAVAILABLE = (
     redis.ConnectionError,
     redis.TimeoutError,
@@ -35,6 +37,10 @@ class RedisServer:
 
     def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
         try:
+            _ = urlsplit(url).port
+        except ValueError:  # its text may hold a part of the password
+            raise UnavailableError(f"{EXPECTED} got one that cannot be read") from None
+        try:
             self._client: Any = redis.Redis.from_url(
                 url,
                 decode_responses=True,
@@ -43,8 +49,10 @@ class RedisServer:
                 socket_connect_timeout=min(CONNECT_S, timeout_s),
                 socket_timeout=timeout_s,
             )
-        except ValueError as error:
-            raise UnavailableError(f"expected a URL as rediss://:PASSWORD@HOST:PORT/0, but: {error}") from error
+            pool = self._client.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # reads the URL's options; it connects later
+        except (ValueError, TypeError, redis.RedisError) as error:
+            raise UnavailableError(f"{EXPECTED} got: {error}") from error
         self._is_checked = False
 
     @contextmanager

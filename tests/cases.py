@@ -131,7 +131,7 @@ class WholeSteps(Engine):
     def _run_alone(
         self, sequences: list[Sequence], prefixes: list[ResidentPrefix], error: Exception
     ) -> list[StepOutput]:
-        raise AssertionError("a whole step failed") from error
+        raise error
 
 
 def run_ours(

@@ -30,6 +30,13 @@ def map_path_parameters(context: Any, path_parameters: Any) -> Any:
 
 
 @schemathesis.hook
+def map_headers(context: Any, headers: Any) -> Any:
+    """The condition that holds: `If-Match` is a list of ETags, which nobody guesses."""
+    named = _named(context.operation, headers)
+    return named if named is headers else {k: v for k, v in named.items() if k not in ("If-Match", "If-None-Match")}
+
+
+@schemathesis.hook
 def map_query(context: Any, query: Any) -> Any:
     return _named(context.operation, query)
 

@@ -4,7 +4,8 @@
     PYTHONPATH=load_tests python -m faults.fuzz_http [--examples 200]
 
 Once for each of: nobody's key on loopback, the operator's, a tenant's. Held to: no answer of 500 and above but 503 and
-507, none that contradicts the schema, and afterwards a server that is ready with nothing running, waiting or held.
+507, none that contradicts the schema, nothing taken that it forbids, nothing answered without the key, and afterwards a
+server that is ready with nothing running, waiting or held.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from prefix_store.native_format import write_native
 from prefix_store.prefix import Prefix
 from tests.byte_model import HEAD_DIM, KV_HEADS, LAYERS, save_byte_model
 
-CHECKS = ("not_a_server_error", "content_type_conformance", "response_schema_conformance")
+CHECKS = (
+    "not_a_server_error",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "response_headers_conformance",
+    "status_code_conformance",
+    "negative_data_rejection",
+    "missing_required_header",
+    "use_after_free",
+)
+KEYED_CHECKS = ("ignored_auth",)
 HELD = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 OPTIONS = ("--dtype", "float32", "--prefix-bytes", "1MiB", "--max-upload-bytes", "1MiB")
 EXPECTED = ["2xx", "3xx", "4xx", "503", "507"]
@@ -47,7 +58,8 @@ def fuzz(port: int, key: str | None, num_examples: int, folder: Path) -> bool:
         "run",
         f"http://127.0.0.1:{port}/openapi.json",
     ]
-    command += ["--checks", ",".join(CHECKS), "--max-examples", str(num_examples), "--continue-on-failure"]
+    checks = CHECKS if key is None else CHECKS + KEYED_CHECKS
+    command += ["--checks", ",".join(checks), "--max-examples", str(num_examples), "--continue-on-failure"]
     command += ["--request-timeout", "60", "--generation-database", "none", "--seed", "6", "--warnings", "off"]
     command += ["--suppress-health-check", "all", "--no-color"]
     if key is None:

@@ -14,6 +14,7 @@ from server.api import errors, generate, openai, ops, prefixes, records, tenants
 from server.api.connection import BoundedConnection
 from server.api.gate import Gate
 from server.api.query import refuse_unknown_query
+from server.api.schema import DescribedAPI
 from server.api.state import AppState
 from server.api.upkeep import Upkeep
 
@@ -32,7 +33,7 @@ def create_app(state: AppState) -> FastAPI:
         await upkeep.stop()
         await state.engine.shutdown(drain=False)
 
-    app = FastAPI(
+    app = DescribedAPI(
         title="prefixserve",
         description=DESCRIPTION,
         lifespan=lifespan,

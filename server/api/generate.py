@@ -15,7 +15,7 @@ from server.api.auth import Asking, Caller
 from server.api.bill import admit
 from server.api.errors import TGI_ERRORS, RequestError, also, status_of, tgi_type
 from server.api.limits import default_tokens
-from server.api.schemas import DEFAULT_NEW_TOKENS, GenerateParameters, GenerateRequest
+from server.api.schemas import DEFAULT_NEW_TOKENS, MAX_MODEL_LENGTH, GenerateParameters, GenerateRequest
 from server.api.state import AppState, State, Target
 from server.engine.errors import EngineError
 from server.engine.sequence import TokenOutput
@@ -24,13 +24,15 @@ router = APIRouter(tags=["generate"], responses=TGI_ERRORS)
 TaskQuery = Annotated[
     str | None,
     Query(
+        max_length=MAX_MODEL_LENGTH,
         description="A task, TASK@VERSION, OWNER/TASK of one that is shared, or several with commas (KV prefixes, one "
         "infix); none: the bare model.",
         examples=["films"],
     ),
 ]
 Session = Annotated[
-    str | None, Header(alias="X-Session-Id", description="Keeps to one version where a task serves several.")
+    str | None,
+    Header(alias="X-Session-Id", max_length=256, description="Keeps to one version where a task serves several."),
 ]
 
 

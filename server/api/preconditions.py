@@ -10,8 +10,12 @@ from fastapi import Header
 from prefix_store.task import Precondition
 from server.api.errors import RequestError
 
-IfMatch = Annotated[str | None, Header(alias="If-Match", description="The task's revision (a version's digest).")]
-IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description="`*`: only if there is none yet.")]
+IfMatch = Annotated[
+    str | None, Header(alias="If-Match", max_length=1000, description="The task's revision (a version's digest).")
+]
+IfNoneMatch = Annotated[
+    str | None, Header(alias="If-None-Match", max_length=80, description="`*`: only if there is none yet.")
+]
 ETAG = re.compile(r'"([^"]*)"|(\*)')
 
 

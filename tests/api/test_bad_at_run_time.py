@@ -63,7 +63,7 @@ def test_its_rows_fail_and_no_others(
         return replace(prefix, layers=layers)
 
     alone = {task: tokens(ask(served, task)) for task in (GOOD, None)}
-    num_cached = served.state.engine.stats().kv_blocks_used, engine.own_blocks.num_cached
+    num_used, num_cached = served.state.engine.stats().kv_blocks_used, engine.own_blocks.num_cached
     with monkeypatch.context() as broken, ThreadPoolExecutor(8) as pool:
         broken.setattr(engine, "_load_prefix", load_bad)
         asked = [(task, pool.submit(ask, served, task)) for _ in range(2) for task in (GOOD, BAD, None)]
@@ -76,7 +76,8 @@ def test_its_rows_fail_and_no_others(
         else:
             assert tokens(response) == alone[task]
     assert (streamed.status_code, streamed.json()["error_type"]) == (500, "generation")  # before its first event
-    assert (served.state.engine.stats().kv_blocks_used, engine.own_blocks.num_cached) == num_cached
+    assert served.state.engine.stats().kv_blocks_used == num_used
+    assert engine.own_blocks.num_cached <= num_cached  # less where the pool was full
     assert served.http.delete(f"/v1/prefixes/{BAD}").status_code == 204
     engine_key = f"default/{digest}"
     while served.state.engine.residency(engine_key) != "cold":

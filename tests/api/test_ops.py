@@ -170,6 +170,29 @@ def test_openapi_describes_every_route(served: Served) -> None:
     assert all(kind["examples"] for kind in upload.values())
 
 
+def test_openapi_says_which_routes_want_a_key_and_which_scope(served: Served) -> None:
+    described = served.http.get("/openapi.json").json()
+    assert described["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    public = {
+        path for path, routes in described["paths"].items() for route in routes.values() if not route.get("security")
+    }
+    assert public == {"/healthz", "/health", "/readyz"}
+    refused = described["paths"]["/v1/prefixes/{task}"]["put"]["responses"]
+    assert "`upload`" in refused["403"]["description"]
+    assert refused["401"]["content"] == refused["default"]["content"]
+
+
+def test_openapi_bounds_what_queries_and_headers_may_say(served: Served) -> None:
+    described = served.http.get("/openapi.json").json()["paths"]
+    for path, routes in described.items():
+        for route in routes.values():
+            for parameter in route.get("parameters", ()):
+                if parameter["in"] in ("query", "header"):
+                    kinds = parameter["schema"].get("anyOf", [parameter["schema"]])
+                    texts = [kind for kind in kinds if kind["type"] == "string" and "enum" not in kind]
+                    assert all("maxLength" in kind or "pattern" in kind for kind in texts), (path, parameter["name"])
+
+
 def test_openapi_shows_each_familys_errors(served: Served) -> None:
     described = served.http.get("/openapi.json").json()["paths"]
     for method, path, ask in (
@@ -179,7 +202,7 @@ def test_openapi_shows_each_familys_errors(served: Served) -> None:
     ):
         answer = served.http.request(method, path.format(task="film"), **ask)
         content = described[path][method]["responses"]["default"]["content"]
-        assert set(described[path][method]["responses"]) <= {"200", "default"}
+        assert set(described[path][method]["responses"]) <= {"200", "401", "403", "default"}
         example = content[answer.headers["content-type"]]["example"]
         assert example.keys() == answer.json().keys()
         if isinstance(example.get("error"), dict):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +15,12 @@ from prefix_store.errors import UnavailableError
 from prefix_store.mirror import Mirror
 from prefix_store.prefix import Layout
 from prefix_store.redis_registry import RedisRegistry
+from server.model_files import ModelFiles
+from server.start import make_state
+from tests.conftest import NAME, native, serve_in_thread, settings_for
 from tests.prefix_store.redis_process import RedisProcess
 from tests.prefix_store.small_prefixes import OURS, add, new_version
+from tests.program import ROOT
 
 PASSWORD, WRONG = "right-and-long-enough", "wrong-and-long-enough"
 
@@ -71,3 +78,50 @@ def test_without_tls_nobody_is_let_in(process: RedisProcess) -> None:
     with pytest.raises(UnavailableError):
         registry.revisions()
     registry.close()
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [
+        (f":{PASSWORD}/x@localhost:1/0", "got one that cannot be read"),
+        (f":{PASSWORD}#x@localhost:1/0", "got one that cannot be read"),
+        (f":{PASSWORD}[@localhost:1/0", "got one that cannot be read"),
+        (f":{PASSWORD}@localhost:1/0?nonsense=1", "got: .* 'nonsense'"),
+        (f":{PASSWORD}@localhost:1/0?ssl_cert_reqs=nonsense", "got: .* nonsense"),
+    ],
+)
+def test_a_url_that_cannot_be_is_refused_without_its_password(rest: str, reason: str) -> None:
+    with pytest.raises(UnavailableError, match=f"expected a URL as .*; {reason}") as caught:
+        RedisRegistry(f"rediss://{rest}")
+    assert PASSWORD[:5] not in str(caught.value)
+
+
+def test_a_start_with_a_wrong_password_is_one_line_without_it(
+    process: RedisProcess, model_path: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--model", str(model_path)]
+    # In the environment: everyone on the machine sees a command's options.
+    settings = {"PREFIXSERVE_REDIS_URL": process.url.replace(PASSWORD, WRONG), "PREFIXSERVE_DATA_DIR": str(tmp_path)}
+    env = os.environ | settings
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the registry in Redis cannot be reached: invalid username-password pair")
+    assert WRONG[:5] not in done.stdout + done.stderr
+
+
+def test_a_server_shows_no_password(
+    process: RedisProcess, model_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    state = make_state(settings_for(tmp_path, redis_url=process.url), ModelFiles(model_path, NAME))
+    for served in serve_in_thread(state):
+        said = [served.http.get(path).text for path in ("/info", "/metrics", "/readyz", "/v1/prefixes")]
+        assert served.put("films", native(1)).status_code == 201
+        process.stop()
+        refused = served.put("films", native(2))
+        process.go_on()
+        assert refused.status_code == 503
+        said += [refused.text, repr(state.settings), str(state.settings)]
+    said += capfd.readouterr()
+    assert all(PASSWORD not in text for text in said)
