@@ -74,19 +74,15 @@ class ResidentShares:
 
     def check_limits(self, needed: Mapping[str, int], pinned: Counter[str]) -> None:
         """Blocks by tenant that a request needs, beside others that are pinned. Raises PrefixFaultError for more than a
-        tenant may ever have, PinnedRoomError for more than the pinned ones leave."""
+        tenant may ever have, PinnedRoomError for more than the pinned ones leave. Without that tenant's figures: who
+        asks may be another, with whom it shares a task."""
         for tenant_id, num_blocks in needed.items():
             num_bytes, limit = num_blocks * self._block_bytes, self._max_bytes(tenant_id)
             if num_bytes > limit:
-                raise PrefixFaultError(
-                    f"a request's prefixes must take <= {limit:.0f} bytes of their tenant's prefix memory, "
-                    f"got {num_bytes}"
-                )
-            num_left = limit - pinned[tenant_id] * self._block_bytes
-            if num_bytes > num_left:
+                raise PrefixFaultError(f"a request's prefixes need {num_bytes} bytes, more than their tenant may have")
+            if num_bytes > limit - pinned[tenant_id] * self._block_bytes:
                 raise PinnedRoomError(
-                    f"a request's prefixes need {num_bytes} bytes of their tenant's prefix memory, "
-                    f"pinned ones leave {max(0, num_left):.0f} of {limit:.0f}"
+                    f"a request's prefixes need {num_bytes} bytes, more than their tenant's pinned ones leave"
                 )
 
     def has_room(self, need: Need, num_free: int) -> bool:
