@@ -19,9 +19,11 @@ def _named(operation: Any, given: Any) -> Any:
     suspensions are asked of what is not there."""
     if not isinstance(given, dict) or operation.method.upper() == "DELETE" or operation.path.endswith("/suspend"):
         return given
-    if zlib.crc32(json.dumps(given, sort_keys=True, default=str).encode()) % 2:
-        return given
-    return {name: KNOWN.get(name, value) for name, value in given.items()}
+    return {name: KNOWN.get(name, value) for name, value in given.items()} if _is_named(given) else given
+
+
+def _is_named(given: dict[str, Any]) -> bool:
+    return zlib.crc32(json.dumps(given, sort_keys=True, default=str).encode()) % 2 == 0
 
 
 @schemathesis.hook
@@ -31,9 +33,10 @@ def map_path_parameters(context: Any, path_parameters: Any) -> Any:
 
 @schemathesis.hook
 def map_headers(context: Any, headers: Any) -> Any:
-    """The condition that holds: `If-Match` is a list of ETags, which nobody guesses."""
-    named = _named(context.operation, headers)
-    return named if named is headers else {k: v for k, v in named.items() if k not in ("If-Match", "If-None-Match")}
+    """None of the conditions, which nobody guesses."""
+    if not isinstance(headers, dict) or not _is_named(headers):
+        return headers
+    return {name: value for name, value in headers.items() if name not in ("If-Match", "If-None-Match")}
 
 
 @schemathesis.hook
