@@ -11,15 +11,21 @@ from typing import Any
 
 import schemathesis
 
-KNOWN = {"task": "films", "model": "films", "version": "1", "name": "default", "tasks": ["films"]}
+KNOWN = {"task": "films", "model": "films", "version": "1", "name": "default"}
 
 
 def _named(operation: Any, given: Any) -> Any:
-    """As `given`, or with the names of what is there: by its content, so that a run can be repeated. Deletions and
-    suspensions are asked of what is not there."""
+    """As `given`, or with the names of what is there: by its content, so that a run can be repeated. What is no name
+    stays: the check that it is refused knows of it. Deletions and suspensions are asked of what is not there."""
     if not isinstance(given, dict) or operation.method.upper() == "DELETE" or operation.path.endswith("/suspend"):
         return given
-    return {name: KNOWN.get(name, value) for name, value in given.items()} if _is_named(given) else given
+    if not _is_named(given):
+        return given
+    return {name: KNOWN[name] if name in KNOWN and _may_be(value) else value for name, value in given.items()}
+
+
+def _may_be(name: Any) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= 64
 
 
 def _is_named(given: dict[str, Any]) -> bool:
