@@ -252,7 +252,7 @@ class TestLimits:
 
     def test_who_waits_for_its_own_rows_gets_429_and_for_all_rows_503(self, model_path: Path, tmp_path: Path) -> None:
         (tmp_path / "key").write_text(OPERATOR_KEY)
-        settings = settings_for(tmp_path, operator_key_file=tmp_path / "key", max_rows=2, max_queue_s=0.01)
+        settings = settings_for(tmp_path, operator_key_file=tmp_path / "key", max_rows=2, max_queue_s=0.3)
         for served in serve_in_thread(make_state(settings, ModelFiles(model_path, NAME))):
             operator = served.as_key(OPERATOR_KEY)
             for name, limits, refused in (("own", {"max_rows": 1}, 429), ("other", {}, 503)):
