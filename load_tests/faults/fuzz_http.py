@@ -33,11 +33,9 @@ CHECKS = (
     "response_schema_conformance",
     "response_headers_conformance",
     "status_code_conformance",
-    "negative_data_rejection",
-    "missing_required_header",
     "use_after_free",
 )
-KEYED_CHECKS = ("ignored_auth",)
+KEYED_CHECKS = ("ignored_auth", "missing_required_header", "negative_data_rejection")  # a key is no wrong header else
 HELD = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 OPTIONS = ("--dtype", "float32", "--prefix-bytes", "1MiB", "--max-upload-bytes", "1MiB")
 EXPECTED = ["2xx", "3xx", "4xx", "503", "507"]

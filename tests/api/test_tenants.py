@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -18,7 +20,7 @@ from server.api.errors import RequestError
 from server.errors import StartError
 from server.model_files import ModelFiles
 from server.start import make_state
-from tests.conftest import NAME, OPERATOR_KEY, Served, bearer, make_tenant, native, settings_for
+from tests.conftest import NAME, OPERATOR_KEY, Served, bearer, make_tenant, native, serve_in_thread, settings_for
 
 PROMPT = "A fine film."
 
@@ -247,6 +249,33 @@ class TestLimits:
         assert keyed.http.put("/v1/tenants/pinning", json={"limits": {"max_pinned_bytes": 2**20}}).status_code == 200
         assert tenant.http.post("/v1/prefixes/t/pin").status_code == 200
         assert tenant.http.delete("/v1/prefixes/t").status_code == 204
+
+    def test_who_waits_for_its_own_rows_gets_429_and_for_all_rows_503(self, model_path: Path, tmp_path: Path) -> None:
+        (tmp_path / "key").write_text(OPERATOR_KEY)
+        settings = settings_for(tmp_path, operator_key_file=tmp_path / "key", max_rows=2, max_queue_s=0.3)
+        for served in serve_in_thread(make_state(settings, ModelFiles(model_path, NAME))):
+            operator = served.as_key(OPERATOR_KEY)
+            for name, limits, refused in (("own", {"max_rows": 1}, 429), ("other", {}, 503)):
+                tenant = make_tenant(operator, name, **limits)
+                time.sleep(0.5)  # limits are seen
+                with ThreadPoolExecutor(8) as pool:
+                    ask = partial(tenant.generate, max_new_tokens=200, ignore_eos=True)
+                    answers = list(pool.map(ask, [PROMPT] * 8))
+                assert {answer.status_code for answer in answers} == {200, refused}
+                for answer in answers:
+                    if answer.status_code != 200:
+                        assert int(answer.headers["Retry-After"]) >= 1
+                        assert answer.json()["error_type"] == "overloaded"
+
+    def test_a_shared_tasks_owner_keeps_its_figures_to_itself(self, keyed: Served) -> None:
+        owner, friend = make_tenant(keyed, "cramped", max_resident_bytes=4097), make_tenant(keyed, "visitor")
+        assert owner.put("t", native(8, 60)).status_code == 201
+        assert owner.http.post("/v1/prefixes/t/share", json={"tenants": ["visitor"]}).status_code == 200
+        time.sleep(0.5)  # limits are seen
+        refused = friend.generate(PROMPT, "cramped/t")
+        assert refused.status_code == 422
+        assert "more than their tenant may have" in refused.json()["error"]
+        assert "4097" not in refused.text
 
 
 class TestVersions:
