@@ -23,6 +23,7 @@ from server.engine.cpu_kernels import CpuKernels, load_kernels
 from server.model_files import ModelFiles
 from server.start import make_state
 from tests.byte_model import HEAD_DIM, KV_HEADS, LAYERS, save_byte_model
+from tests.prefix_store.s3_process import S3Process
 
 NAME = "tiny"
 NATIVE = "application/octet-stream"
@@ -140,3 +141,12 @@ def make_tenant(keyed: Served, name: str, **limits: object) -> Served:
     made = keyed.http.put(f"/v1/tenants/{name}", json={"limits": limits} if limits else {})
     assert made.status_code == 201, made.text
     return keyed.as_key(made.json()["key"])
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Process]:
+    process = S3Process()
+    for name, value in process.environment.items():
+        monkeypatch.setenv(name, value)
+    yield process
+    process.kill()

@@ -268,11 +268,7 @@ class ActivateRequest(WireModel):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"version": 2}, {"version": "previous"}, {"weights": {"3": 90, "4": 10}}]}
     )
-    version: (
-        Annotated[StrictInt, Field(ge=0, lt=10**9)]
-        | Annotated[str, StringConstraints(min_length=1, max_length=64)]
-        | None
-    ) = None
+    version: Annotated[StrictInt, Field(ge=0, lt=10**9)] | VersionText | None = None
     weights: dict[VersionNumber, Annotated[StrictInt, Field(ge=1, le=1_000_000)]] | None = Field(
         None, min_length=1, max_length=4
     )

@@ -16,15 +16,6 @@ PROMPT = "what is said"
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Process]:
-    process = S3Process()
-    for name, value in process.environment.items():
-        monkeypatch.setenv(name, value)
-    yield process
-    process.kill()
-
-
-@pytest.fixture
 def on_s3(s3: S3Process, model_path: Path, tmp_path: Path) -> Iterator[Served]:
     settings = settings_for(tmp_path, blob_url=s3.make_bucket())
     yield from serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -20,15 +19,6 @@ from tests.prefix_store.s3_process import S3Process
 from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, publish, soft
 
 BODY = b"what a tenant stores"
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Process]:
-    process = S3Process()
-    for name, value in process.environment.items():
-        monkeypatch.setenv(name, value)
-    yield process
-    process.kill()
 
 
 @pytest.fixture
