@@ -179,14 +179,14 @@ class Scheduler:
             if is_asking and not is_held:
                 short.add(tenant_id)
                 may_load = not self._residents.claim(sequence.prefixes)
-            may_run = tenant_id not in full and self._may_run(sequence, num_rows[tenant_id])
             waited_s = now - sequence.arrival_s
             if sequence.started_s is None and waited_s > self.max_queue_s:
-                failed.append((sequence, self._timeout(waited_s, may_run)))
+                is_own_fault = tenant_id in full or not self._may_run(sequence, num_rows[tenant_id])
+                failed.append((sequence, self._timeout(waited_s, is_own_fault)))
                 continue
             if not can_start or tenant_id in full or not all(row.is_ready for row in sequence.rows):
                 continue
-            if not may_run:
+            if not self._may_run(sequence, num_rows[tenant_id]):
                 full.add(tenant_id)
                 continue
             can_start = budget > 0 and num_rows.total() + len(sequence.rows) <= self.max_rows
@@ -215,11 +215,13 @@ class Scheduler:
             self.finish(sequence)
         return failed
 
-    def _timeout(self, waited_s: float, may_run: bool) -> EngineError:
+    def _timeout(self, waited_s: float, is_own_fault: bool) -> EngineError:
         rest = f"more than the limit of {self.max_queue_s:g} s"
-        if may_run:
-            return QueueTimeoutError(f"waited {waited_s:.1f} s for a place, {rest}")
-        return TenantQueueTimeoutError(f"waited {waited_s:.1f} s for a row of those that the tenant may have, {rest}")
+        if is_own_fault:
+            return TenantQueueTimeoutError(
+                f"waited {waited_s:.1f} s for a row of those that the tenant may have, {rest}"
+            )
+        return QueueTimeoutError(f"waited {waited_s:.1f} s for a place, {rest}")
 
     def _may_run(self, sequence: Sequence, num_rows: int) -> bool:
         """Beside `num_rows` of its tenant. One alone may: it was within the limit when it started, if not any more."""
