@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from prefix_store.audit import SERVER, AuditEntry, Author
 from prefix_store.ensemble import Ensemble
 from prefix_store.entries import entries_of, member_entry
 from prefix_store.errors import NotFoundError
@@ -28,7 +29,7 @@ class Stored:
 @dataclass(frozen=True)
 class Write:
     """One commit: the tenant's new revision, its tasks by name as they are from now on (None: gone), the entries that
-    come and go with each, and by how much `Stored` grows."""
+    come and go with each, by how much `Stored` grows, and what the audit says of it."""
 
     tenant: str
     revision: int
@@ -36,11 +37,12 @@ class Write:
     added: tuple[tuple[str, str], ...]  # entry, name of the task
     removed: tuple[tuple[str, str], ...]
     grown: Stored
+    audit: tuple[AuditEntry, ...] = ()
 
 
 class Draft:
     """`read` gives a task by name and `holders` the names of the tenant's tasks under an entry, both as they are at
-    `revision`; what was put or removed here is seen from then on."""
+    `revision`; what was put or removed here is seen from then on. It is `by` whom the audit says."""
 
     def __init__(
         self,
@@ -50,15 +52,18 @@ class Draft:
         read: Callable[[str], Task | None],
         holders: Callable[[str], list[str]],
         names: Callable[[], list[str]],
+        by: Author = SERVER,
     ) -> None:
         self.tenant = tenant
         self.revision = revision
         self.stored = stored
         self.names = names
+        self._by = by
         self._read = read
         self._holders = holders
         self._before: dict[str, Task | None] = {}
         self._after: dict[str, Task | None] = {}
+        self._audit: list[AuditEntry] = []
 
     def get(self, name: str) -> Task | None:
         if name not in self._after:
@@ -87,6 +92,10 @@ class Draft:
         self.get(name)
         self._after[name] = None
 
+    def record(self, action: str, subject: str) -> None:
+        """Append this to the tenant's audit with the change, also where that leaves all as it was."""
+        self._audit.append(self._by.entry(self.tenant, action, subject))
+
     def users(self, task: str, version: int) -> list[str]:
         """The ensembles that have this version as a member, as `T@V`."""
         found = []
@@ -102,6 +111,10 @@ class Draft:
     def is_changed(self) -> bool:
         return any(self._before[name] is not after for name, after in self._after.items())
 
+    @property
+    def audit(self) -> tuple[AuditEntry, ...]:
+        return tuple(self._audit)
+
     def write(self) -> Write:
         tasks = {name: after for name, after in self._after.items() if self._before[name] is not after}
         added: list[tuple[str, str]] = []
@@ -112,7 +125,7 @@ class Draft:
             added += [(entry, name) for entry in sorted(new - old)]
             removed += [(entry, name) for entry in sorted(old - new)]
             grown += _stored(after) - _stored(self._before[name])
-        return Write(self.tenant, self.revision + 1, tasks, tuple(added), tuple(removed), grown)
+        return Write(self.tenant, self.revision + 1, tasks, tuple(added), tuple(removed), grown, self.audit)
 
 
 def _entries(task: Task | None) -> frozenset[str]:

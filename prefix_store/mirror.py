@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from prefix_store.audit import AuditEntry
+from prefix_store.audit import SERVER, AuditEntry, Author, no_entries
 from prefix_store.buckets import Taken
 from prefix_store.draft import Draft
 from prefix_store.errors import StorageFullError, UnavailableError
@@ -70,9 +70,11 @@ class Mirror(LocalCopy):
     def is_degraded(self) -> bool:
         return self._trouble is not None
 
-    def change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None) -> T:
+    def change(
+        self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER
+    ) -> T:
         self._check_followed()
-        result = self._shared.change(tenant, decide, file)
+        result = self._shared.change(tenant, decide, file, by=by)
         self._catch_up()
         return result
 
@@ -80,9 +82,14 @@ class Mirror(LocalCopy):
         self._check_followed()
         self._shared.release_unused(tenant, digests, drop)
 
-    def update_tenant(self, name: str, change: Callable[[Tenant | None], Tenant | None]) -> Tenant | None:
+    def update_tenant(
+        self,
+        name: str,
+        change: Callable[[Tenant | None], Tenant | None],
+        record: Callable[[Tenant | None], Iterable[AuditEntry]] = no_entries,
+    ) -> Tenant | None:
         self._check_followed()
-        result = self._shared.update_tenant(name, change)
+        result = self._shared.update_tenant(name, change, record)
         self._catch_up()
         return result
 

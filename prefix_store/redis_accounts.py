@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from prefix_store import redis_keys as keys
-from prefix_store.audit import AuditEntry
+from prefix_store.audit import AuditEntry, no_entries
 from prefix_store.buckets import Taken
 from prefix_store.documents import read_audit, read_tenant, write_audit, write_tenant
 from prefix_store.errors import UnavailableError
@@ -42,20 +42,28 @@ class RedisAccounts:
             documents = client.hgetall(keys.TENANTS)
         return [read_tenant(documents[name]) for name in sorted(documents)]
 
-    def update_tenant(self, name: str, change: Callable[[Tenant | None], Tenant | None]) -> Tenant | None:
+    def update_tenant(
+        self,
+        name: str,
+        change: Callable[[Tenant | None], Tenant | None],
+        record: Callable[[Tenant | None], Iterable[AuditEntry]] = no_entries,
+    ) -> Tenant | None:
         for _ in range(MAX_TRIES):
             revision = self.tenants_revision()
             before = self.get_tenant(name)  # a later one than `revision` is found out by the script
             after = change(before)
+            entries = tuple(record(after))
             if after == before:
+                for entry in entries:
+                    self.append_audit(entry)
                 return before
             if after is not None:
                 after = replace(after, revision=revision + 1)
             document = "" if after is None else write_tenant(after)
             with self._server.answering() as client:
                 is_done = self._update_tenant(
-                    keys=[keys.TENANTS, keys.TENANTS_REVISION, keys.EVENTS],
-                    args=[name, revision, document, keys.HINTS, MAX_EVENTS],
+                    keys=[keys.TENANTS, keys.TENANTS_REVISION, keys.EVENTS, *keys.appended(name)],
+                    args=[name, revision, document, keys.HINTS, MAX_EVENTS, json.dumps([*map(write_audit, entries)])],
                     client=client,
                 )
             if is_done:
@@ -68,11 +76,7 @@ class RedisAccounts:
 
     def append_audit(self, entry: AuditEntry) -> AuditEntry:
         with self._server.answering() as client:
-            number = self._append_audit(
-                keys=[keys.AUDIT_NUMBER, keys.audit(None), keys.audit(entry.tenant)],
-                args=[write_audit(entry)],
-                client=client,
-            )
+            number = self._append_audit(keys=keys.appended(entry.tenant), args=[write_audit(entry)], client=client)
         return replace(entry, number=int(number))
 
     def list_audit(self, tenant: str | None, limit: int, before: int | None) -> list[AuditEntry]:

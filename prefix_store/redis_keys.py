@@ -28,6 +28,11 @@ def names(tenant: str) -> str:
     return f"{PREFIX}:names:{tenant}"
 
 
+def appended(tenant: str) -> list[str]:
+    """What a script appends this tenant's audit entries to."""
+    return [AUDIT_NUMBER, audit(None), audit(tenant)]
+
+
 def audit(tenant: str | None) -> str:
     """Sorted set by number: lines `NUMBER DOCUMENT`, of one tenant or all."""
     return f"{PREFIX}:audit" if tenant is None else f"{PREFIX}:audit:{tenant}"

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from prefix_store import redis_keys as keys
-from prefix_store.documents import read_task, write_task
+from prefix_store.audit import SERVER, Author
+from prefix_store.documents import read_task, write_audit, write_task
 from prefix_store.draft import Draft, Stored, Write
 from prefix_store.entries import FILES, PINNED, shared_entry
 from prefix_store.errors import ConflictError, PrefixStoreError, UnavailableError
@@ -50,12 +51,14 @@ class RedisRegistry(RedisAccounts, Registry):
         """As `RedisServer.losses`."""
         return self._server.losses()
 
-    def change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None) -> T:
+    def change(
+        self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER
+    ) -> T:
         if file is None:
-            return self._change(tenant, decide, None, "")
+            return self._change(tenant, decide, None, "", by)
         token = self._store(tenant, file)
         try:
-            return self._change(tenant, decide, file, token)
+            return self._change(tenant, decide, file, token, by)
         finally:
             self._files.release(tenant, file.digest, token)
 
@@ -68,9 +71,9 @@ class RedisRegistry(RedisAccounts, Registry):
             raise
         return token
 
-    def _change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None, token: str) -> T:
+    def _change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None, token: str, by: Author) -> T:
         for i in range(MAX_TRIES):
-            draft = self._draft(tenant)
+            draft = self._draft(tenant, by)
             try:
                 result = decide(draft)
             except PrefixStoreError:
@@ -79,6 +82,8 @@ class RedisRegistry(RedisAccounts, Registry):
                 continue
             if not draft.is_changed:
                 if self._revision(tenant) == draft.revision:
+                    for entry in draft.audit:
+                        self.append_audit(entry)
                     return result
                 continue
             outcome = self._write(draft.write(), draft.revision, "" if file is None else file.digest, token)
@@ -86,7 +91,7 @@ class RedisRegistry(RedisAccounts, Registry):
                 return result
             if outcome == "lost":
                 assert file is not None
-                return self.change(tenant, decide, file)
+                return self.change(tenant, decide, file, by=by)
             time.sleep(random.uniform(0, min(MAX_BACKOFF_S, 0.001 * 2**i)))
         raise UnavailableError(f"the tasks of {tenant!r} were changed {MAX_TRIES} times while one was to be changed")
 
@@ -146,13 +151,14 @@ class RedisRegistry(RedisAccounts, Registry):
         self._server.close()
         self._bucket_server.close()
 
-    def _draft(self, tenant: str) -> Draft:
+    def _draft(self, tenant: str, by: Author = SERVER) -> Draft:
         with self._server.answering() as client, client.pipeline(transaction=True) as pipeline:
             for key in (keys.REVISIONS, keys.NUM_VERSIONS, keys.NUM_BYTES):
                 pipeline.hget(key, tenant)
             revision, num_versions, num_bytes = (int(found or 0) for found in pipeline.execute())
         read, holders = partial(self.get_task, tenant), partial(self._own_holders, tenant)
-        return Draft(tenant, revision, Stored(num_versions, num_bytes), read, holders, partial(self._names, tenant))
+        stored, names = Stored(num_versions, num_bytes), partial(self._names, tenant)
+        return Draft(tenant, revision, stored, read, holders, names, by)
 
     def _revision(self, tenant: str) -> int:
         with self._server.answering() as client:
@@ -199,11 +205,12 @@ class RedisRegistry(RedisAccounts, Registry):
             "num_versions": write.grown.num_versions,
             "num_bytes": write.grown.num_bytes,
             "names": json.dumps(sorted(write.tasks)),
+            "audit": [write_audit(entry) for entry in write.audit],
         }
         written = [keys.REVISIONS, keys.NUM_VERSIONS, keys.NUM_BYTES, keys.tasks(tenant), keys.names(tenant)]
         with self._server.answering() as client:
             outcome: str = self._commit(
-                keys=[*written, keys.ENTRIES, keys.EVENTS, keys.leases(tenant, digest)],
+                keys=[*written, keys.ENTRIES, keys.EVENTS, keys.leases(tenant, digest), *keys.appended(tenant)],
                 args=[json.dumps(change), keys.HINTS, MAX_EVENTS],
                 client=client,
             )

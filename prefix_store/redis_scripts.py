@@ -9,14 +9,31 @@ local function now_ms()
 end
 """
 
-# KEYS: REVISIONS, NUM_VERSIONS, NUM_BYTES, tasks, names, ENTRIES, EVENTS, leases of the change's file (any key if none)
+# KEYS: AUDIT_NUMBER, audit of all, audit of the tenant, wherever entries are appended
+# Returns: the number of the last of these documents
+APPEND = """
+local function append(number_key, all_key, tenant_key, documents)
+    local number
+    for _, document in ipairs(documents) do
+        number = redis.call('INCR', number_key)
+        local line = string.format('%.0f %s', number, document)
+        redis.call('ZADD', all_key, number, line)
+        redis.call('ZADD', tenant_key, number, line)
+    end
+    return number
+end
+"""
+
+# KEYS: REVISIONS, NUM_VERSIONS, NUM_BYTES, tasks, names, ENTRIES, EVENTS, leases of the change's file (any key if
+#       none), AUDIT_NUMBER, audit of all, audit of the tenant
 # ARGV: the change in JSON: `tenant`, `expected` (the revision that it was decided on), `revision` (the new one),
 #       `token` (of its lease; empty: none), `documents` {name: document}, `gone` [name], `added` and `removed` [line of
-#       ENTRIES], `num_versions` and `num_bytes` (by how many they grow), `names` (of the event); the channel; how many
-#       events are kept
+#       ENTRIES], `num_versions` and `num_bytes` (by how many they grow), `names` (of the event), `audit` [document];
+#       the channel; how many events are kept
 # Returns: `done`; `changed` where the tenant has another revision; `lost` where the lease has ended. Only `done` wrote.
 COMMIT = (
     NOW_MS
+    + APPEND
     + """
 local change = cjson.decode(ARGV[1])
 local tenant = change.tenant
@@ -40,6 +57,7 @@ redis.call('HINCRBY', KEYS[3], tenant, change.num_bytes)
 local revision = string.format('%.0f', change.revision)
 redis.call('HSET', KEYS[1], tenant, revision)
 redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[3], '*', 'tenant', tenant, 'revision', revision, 'names', change.names)
+append(KEYS[9], KEYS[10], KEYS[11], change.audit)
 redis.call('PUBLISH', ARGV[2], revision)
 return 'done'
 """
@@ -56,27 +74,27 @@ end
 return found
 """
 
-# KEYS: TENANTS, TENANTS_REVISION, EVENTS
+# KEYS: TENANTS, TENANTS_REVISION, EVENTS, AUDIT_NUMBER, audit of all, audit of the tenant
 # ARGV: name; the revision that the change was decided on; the document (empty: the tenant goes); the channel; how many
-#       events are kept
+#       events are kept; documents of the audit in JSON
 # Returns: 1; 0 where the revision is another one, and then nothing was written
-UPDATE_TENANT = """
+UPDATE_TENANT = (
+    APPEND
+    + """
 if (redis.call('GET', KEYS[2]) or '0') ~= ARGV[2] then return 0 end
 if ARGV[3] == '' then redis.call('HDEL', KEYS[1], ARGV[1]) else redis.call('HSET', KEYS[1], ARGV[1], ARGV[3]) end
 local revision = redis.call('INCR', KEYS[2])
 redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[5], '*', 'tenants', ARGV[1], 'revision', revision)
+append(KEYS[4], KEYS[5], KEYS[6], cjson.decode(ARGV[6]))
 redis.call('PUBLISH', ARGV[4], revision)
 return 1
 """
+)
 
 # KEYS: AUDIT_NUMBER, audit of all, audit of the tenant
 # ARGV: the document
 # Returns: its number
-APPEND_AUDIT = """
-local number = redis.call('INCR', KEYS[1])
-for i = 2, 3 do redis.call('ZADD', KEYS[i], number, string.format('%.0f %s', number, ARGV[1])) end
-return number
-"""
+APPEND_AUDIT = APPEND + "return append(KEYS[1], KEYS[2], KEYS[3], {ARGV[1]})"
 
 # KEYS: USAGE_ROWS, and a usage hash for every row
 # ARGV: the rows in JSON: [[line of USAGE_ROWS, {name: count as text}]]; the one name whose counts are no integers

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
-from prefix_store.audit import AuditEntry
+from prefix_store.audit import SERVER, AuditEntry, Author, no_entries
 from prefix_store.buckets import Taken
 from prefix_store.draft import Draft, Stored
 from prefix_store.errors import ConflictError, NotFoundError
@@ -39,10 +39,13 @@ class Registry(Protocol):
         """Whether what is read may be old, because a registry that others share is away."""
         return False
 
-    def change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None) -> T:
+    def change(
+        self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER
+    ) -> T:
         """Commit what `decide` does to a draft of the tenant's tasks, as if nobody else changed them meanwhile, and
         return what it returns; what it raises leaves everything as it was. It may be called several times, so that it
-        does nothing but read and write its draft (`task_changes`).
+        does nothing but read and write its draft (`task_changes`). What it records is appended to the audit with the
+        change, as done by `by`.
 
         `file` is stored before the change is there, and `release_unused` does not drop it in between.
         """
@@ -93,12 +96,18 @@ class Registry(Protocol):
         """By name."""
         ...
 
-    def update_tenant(self, name: str, change: Callable[[Tenant | None], Tenant | None]) -> Tenant | None:
-        """Replace the tenant by what `change` makes of it (None: not there), with its new revision. `change` may be
-        called several times; what it raises leaves everything as it was."""
+    def update_tenant(
+        self,
+        name: str,
+        change: Callable[[Tenant | None], Tenant | None],
+        record: Callable[[Tenant | None], Iterable[AuditEntry]] = no_entries,
+    ) -> Tenant | None:
+        """Replace the tenant by what `change` makes of it (None: not there), with its new revision, and append what
+        `record` gives for that to its audit. Both may be called several times; what they raise leaves everything as it
+        was."""
         ...
 
-    def delete_tenant(self, name: str) -> list[Version]:
+    def delete_tenant(self, name: str, *, by: Author) -> list[Version]:
         """The tenant goes with its keys and tasks, not with its files; the versions that it had. Where this is cut off
         a suspended tenant is left, and it can be called again. Raises NotFoundError, InvalidTenantError,
         ConflictError for `default`."""
@@ -106,7 +115,7 @@ class Registry(Protocol):
             raise ConflictError(f"tenant {DEFAULT_TENANT!r} cannot be deleted")
         self.update_tenant(name, partial(_suspended, name))
         gone = self.change(name, delete_all)
-        self.update_tenant(name, lambda _: None)
+        self.update_tenant(name, lambda _: None, lambda _: [by.entry(name, "delete-tenant", name)])
         gone += self.change(name, delete_all)  # what uploads brought that had been let in before
         return [version for task in gone for version in task.versions]
 

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from prefix_store.audit import AuditEntry
+from prefix_store.audit import AuditEntry, no_entries
 from prefix_store.buckets import Taken, TokenBuckets
 from prefix_store.documents import read_audit, read_tenant, write_audit, write_tenant
 from prefix_store.sqlite_file import SqliteFile
@@ -36,10 +36,17 @@ class SqliteAccounts:
             rows = db.execute("SELECT document FROM tenants ORDER BY name").fetchall()
         return [read_tenant(document) for (document,) in rows]
 
-    def update_tenant(self, name: str, change: Callable[[Tenant | None], Tenant | None]) -> Tenant | None:
+    def update_tenant(
+        self,
+        name: str,
+        change: Callable[[Tenant | None], Tenant | None],
+        record: Callable[[Tenant | None], Iterable[AuditEntry]] = no_entries,
+    ) -> Tenant | None:
         with self._file.transaction() as db:
             before = _tenant(db, name)
             after = change(before)
+            for entry in record(after):
+                put_audit(db, entry)
             if after == before:
                 return before
             revision = _revision(db) + 1
@@ -57,10 +64,7 @@ class SqliteAccounts:
 
     def append_audit(self, entry: AuditEntry) -> AuditEntry:
         with self._file.transaction() as db:
-            row = (entry.tenant, write_audit(entry))
-            number = db.execute("INSERT INTO audit (tenant, document) VALUES (?, ?)", row).lastrowid
-        assert number is not None
-        return replace(entry, number=number)
+            return put_audit(db, entry)
 
     def list_audit(self, tenant: str | None, limit: int, before: int | None) -> list[AuditEntry]:
         wanted = "number < coalesce(?, 9223372036854775807)" + (" AND tenant = ?" if tenant is not None else "")
@@ -97,6 +101,14 @@ class SqliteAccounts:
         may_owe: bool = False,
     ) -> Taken:
         return self._buckets.take(tenant, bucket, amount, capacity, per_s, now, may_owe=may_owe)
+
+
+def put_audit(db: sqlite3.Connection, entry: AuditEntry) -> AuditEntry:
+    """The entry with its number."""
+    row = (entry.tenant, write_audit(entry))
+    number = db.execute("INSERT INTO audit (tenant, document) VALUES (?, ?)", row).lastrowid
+    assert number is not None
+    return replace(entry, number=number)
 
 
 def _tenant(db: sqlite3.Connection, name: str) -> Tenant | None:

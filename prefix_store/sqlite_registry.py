@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from prefix_store.audit import SERVER, Author
 from prefix_store.documents import read_task
 from prefix_store.draft import Draft, Stored, Write
 from prefix_store.entries import FILES, PINNED, file_entry, shared_entry
 from prefix_store.registry import NewFile, Registry
-from prefix_store.sqlite_accounts import SqliteAccounts
+from prefix_store.sqlite_accounts import SqliteAccounts, put_audit
 from prefix_store.sqlite_file import SqliteFile, put_task
 from prefix_store.task import EVERYONE, Task
 
@@ -30,16 +31,20 @@ class SqliteRegistry(SqliteAccounts, Registry):
     def __init__(self, path: Path, *, is_durable: bool = True) -> None:
         super().__init__(SqliteFile(path, is_durable=is_durable))
 
-    def change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None) -> T:
+    def change(
+        self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER
+    ) -> T:
         if file is not None:
             file.put()  # most of the time that it takes, before others have to wait
         with self._file.transaction() as db:
-            draft = _draft(db, tenant)
+            draft = _draft(db, tenant, by)
             result = decide(draft)
             if file is not None:
                 file.put()
             if draft.is_changed:
                 _apply(db, draft.write())
+            for entry in draft.audit:
+                put_audit(db, entry)
             return result
 
     def adopt(self, tenant: str, revision: int, tasks: Mapping[str, Task | None], *, are_all: bool = False) -> None:
@@ -124,10 +129,10 @@ class SqliteRegistry(SqliteAccounts, Registry):
         self._file.close()
 
 
-def _draft(db: sqlite3.Connection, tenant: str) -> Draft:
+def _draft(db: sqlite3.Connection, tenant: str, by: Author = SERVER) -> Draft:
     revision, stored = _counts(db, tenant)
     read, holders = partial(_task, db, tenant), partial(_holders, db, tenant)
-    return Draft(tenant, revision, stored, read, holders, partial(_names, db, tenant))
+    return Draft(tenant, revision, stored, read, holders, partial(_names, db, tenant), by)
 
 
 def _counts(db: sqlite3.Connection, tenant: str) -> tuple[int, Stored]:

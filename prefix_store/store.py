@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from prefix_store import task_changes
 from prefix_store.admission import BASES, check_name, match_base
+from prefix_store.audit import SERVER, Author
 from prefix_store.blobs import Blobs
 from prefix_store.draft import Stored
 from prefix_store.ensemble import Ensemble, Member
@@ -38,7 +39,7 @@ MAX_NOTE = 200
 
 class PrefixStore:
     """Versions of tasks for one model. All methods may be called from any thread, and raise UnavailableError where the
-    registry cannot be reached, or a file cannot be written."""
+    registry cannot be reached, or a file cannot be written. Changes are in the audit as the author's, `by`."""
 
     def __init__(
         self, registry: Registry, blobs: Blobs, shape: ModelShape, *, max_host_bytes: int = 256 * 2**20
@@ -80,6 +81,7 @@ class PrefixStore:
         activate: bool | None = None,
         precondition: Precondition = ANY,
         limits: Limits | None = None,
+        by: Author = SERVER,
     ) -> Published:
         """Store a new version: when this returns it survives anything. `activate` None: it goes live unless weights
         are set. Raises QuotaError, ArtefactTooLargeError, PreconditionFailedError, StorageFullError."""
@@ -87,7 +89,7 @@ class PrefixStore:
         new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
         file = NewFile(new.digest, lambda: self._blobs.put(tenant, body))
         try:
-            return self._add_version(tenant, task, new, activate, precondition, limits, file)
+            return self._add_version(tenant, task, new, activate, precondition, limits, file, by)
         except BaseException:
             with suppress(UnavailableError, StorageFullError):  # the next start sweeps
                 self._drop_unused(tenant, {new.digest})
@@ -119,12 +121,13 @@ class PrefixStore:
         activate: bool | None = None,
         precondition: Precondition = ANY,
         limits: Limits | None = None,
+        by: Author = SERVER,
     ) -> Published:
         """As `publish`; matched with the model as the worst of its members. Raises NotFoundError if a member was
         deleted meanwhile."""
         matched = {self.get_version(tenant, m.task, str(m.version)).base for m in ensemble.members}
         new = self._new_version(task, ensemble.digest, ensemble, 0, max(matched, key=BASES.index), note)
-        return self._add_version(tenant, task, new, activate, precondition, limits, None)
+        return self._add_version(tenant, task, new, activate, precondition, limits, None, by)
 
     def _add_version(
         self,
@@ -135,9 +138,10 @@ class PrefixStore:
         precondition: Precondition,
         limits: Limits | None,
         file: NewFile | None,
+        by: Author,
     ) -> Published:
         add = partial(task_changes.add_version, name=task, new=new, limits=limits, now_s=time.time())
-        return self._registry.change(tenant, partial(add, activate=activate, precondition=precondition), file)
+        return self._registry.change(tenant, partial(add, activate=activate, precondition=precondition), file, by=by)
 
     def _new_version(
         self, task: str, digest: str, content: Layout | Ensemble, num_bytes: int, base: str, note: str
@@ -214,57 +218,71 @@ class PrefixStore:
         """What counts towards the tenant's limits."""
         return self._registry.stored(tenant)
 
-    def activate(self, tenant: str, task: str, version: str, precondition: Precondition = ANY) -> Task:
+    def activate(
+        self, tenant: str, task: str, version: str, precondition: Precondition = ANY, *, by: Author = SERVER
+    ) -> Task:
         """Point the task to a version, and clear its weights; `previous` rolls back. Raises NotFoundError,
         PreconditionFailedError."""
         number = known_version(task, version)
-        return self._change(tenant, task, task_changes.activate, version=number, precondition=precondition)
+        return self._change(tenant, task, by, task_changes.activate, version=number, precondition=precondition)
 
-    def set_weights(self, tenant: str, task: str, weights: Mapping[str, int], precondition: Precondition = ANY) -> Task:
+    def set_weights(
+        self,
+        tenant: str,
+        task: str,
+        weights: Mapping[str, int],
+        precondition: Precondition = ANY,
+        *,
+        by: Author = SERVER,
+    ) -> Task:
         """Divide the task's traffic between versions. Raises InvalidChangeError, NotFoundError,
         PreconditionFailedError."""
         wanted = {known_version(task, version): weight for version, weight in weights.items()}
-        return self._change(tenant, task, task_changes.set_weights, weights=wanted, precondition=precondition)
+        return self._change(tenant, task, by, task_changes.set_weights, weights=wanted, precondition=precondition)
 
-    def set_pinned(self, tenant: str, task: str, is_pinned: bool) -> Task:
-        return self._change(tenant, task, task_changes.set_pinned, is_pinned=is_pinned)
+    def set_pinned(self, tenant: str, task: str, is_pinned: bool, *, by: Author = SERVER) -> Task:
+        return self._change(tenant, task, by, task_changes.set_pinned, is_pinned=is_pinned)
 
-    def set_enabled(self, tenant: str, task: str, is_enabled: bool) -> Task:
+    def set_enabled(self, tenant: str, task: str, is_enabled: bool, *, by: Author = SERVER) -> Task:
         """A task that is not enabled cannot be resolved. Raises NotFoundError."""
-        return self._change(tenant, task, task_changes.set_enabled, is_enabled=is_enabled)
+        return self._change(tenant, task, by, task_changes.set_enabled, is_enabled=is_enabled)
 
-    def share(self, tenant: str, task: str, tenants: Iterable[str], precondition: Precondition = ANY) -> Task:
+    def share(
+        self, tenant: str, task: str, tenants: Iterable[str], precondition: Precondition = ANY, *, by: Author = SERVER
+    ) -> Task:
         """Let exactly these tenants use the task, `*` everyone, none nobody. Raises NotFoundError, InvalidTenantError,
         InvalidChangeError, PreconditionFailedError."""
-        return self._change(tenant, task, task_changes.share, tenants=tuple(tenants), precondition=precondition)
+        return self._change(tenant, task, by, task_changes.share, tenants=tuple(tenants), precondition=precondition)
 
     def quarantine(self, tenant: str, task: str, version: int) -> Task | None:
         """Take a version out of service that failed at run time. None: it was quarantined before. Raises
         NotFoundError."""
-        return self._change(tenant, task, task_changes.quarantine, version=version)
+        return self._change(tenant, task, SERVER, task_changes.quarantine, version=version)
 
     def pinned_versions(self) -> list[Version]:
         """The versions in service of pinned tasks that this model can serve."""
         found = [version for task in self._registry.pinned_tasks() for version in task.in_service]
         return [version for version in found if self.is_compatible(version)]
 
-    def delete_version(self, tenant: str, task: str, version: str, precondition: Precondition = ANY) -> Version:
+    def delete_version(
+        self, tenant: str, task: str, version: str, precondition: Precondition = ANY, *, by: Author = SERVER
+    ) -> Version:
         """Raises NotFoundError, PreconditionFailedError, ConflictError for one in service or in an ensemble."""
         number = known_version(task, version)
-        gone = self._change(tenant, task, task_changes.delete_version, version=number, precondition=precondition)
+        gone = self._change(tenant, task, by, task_changes.delete_version, version=number, precondition=precondition)
         self._drop_unused(tenant, {gone.digest})
         return gone
 
-    def delete_task(self, tenant: str, task: str, precondition: Precondition = ANY) -> Task:
+    def delete_task(self, tenant: str, task: str, precondition: Precondition = ANY, *, by: Author = SERVER) -> Task:
         """All its versions go. Raises NotFoundError, PreconditionFailedError, ConflictError."""
-        gone = self._change(tenant, task, task_changes.delete_task, precondition=precondition)
+        gone = self._change(tenant, task, by, task_changes.delete_task, precondition=precondition)
         self._drop_unused(tenant, {version.digest for version in gone.versions})
         return gone
 
-    def delete_tenant(self, name: str) -> list[Version]:
+    def delete_tenant(self, name: str, *, by: Author = SERVER) -> list[Version]:
         """The tenant goes with its keys, tasks and files; the versions that it had. Raises NotFoundError,
         InvalidTenantError, ConflictError for `default`."""
-        gone = self._registry.delete_tenant(name)
+        gone = self._registry.delete_tenant(name, by=by)
         self._drop_unused(name, {version.digest for version in gone})
         return gone
 
@@ -290,10 +308,10 @@ class PrefixStore:
     def close(self) -> None:
         self._registry.close()
 
-    def _change(self, tenant: str, task: str, decide: Callable[..., T], **given: object) -> T:
+    def _change(self, tenant: str, task: str, by: Author, decide: Callable[..., T], **given: object) -> T:
         """Of a task that is there. Raises NotFoundError."""
         self.get_task(tenant, task)
-        return self._registry.change(tenant, partial(decide, name=task, **given))
+        return self._registry.change(tenant, partial(decide, name=task, **given), by=by)
 
     def _drop_unused(self, tenant: str, digests: set[str]) -> None:
         for digest in digests:

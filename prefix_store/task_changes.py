@@ -1,7 +1,7 @@
 """What may be changed about tasks, decided on a draft: the same for every registry.
 
 Each function may be called again on a later draft, so none does anything but read and write its draft. A change that
-leaves a task as it was writes nothing.
+leaves a task as it was writes nothing. Each tells the audit what was asked for, also where nothing had to change.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def add_version(
         task = Task(draft.tenant, name, 0, None, None, False, ())
     known = next((version for version in task.versions if version.digest == new.digest), None)
     if known is not None:
+        draft.record("publish-known", f"{name}@{known.version}")
         return Published(_point(draft, task, known.version) if activate else task, known, False)
     _check_limits(draft, new, limits)
     for member in new.content.members if isinstance(new.content, Ensemble) else ():
@@ -60,6 +61,7 @@ def add_version(
             raise NotFoundError(f"no version {member} any more: it was deleted and made anew")
     version = Version(**vars(new), tenant=draft.tenant, task=name, version=task.last_version + 1, created_at_s=now_s)
     task = replace(task, versions=(*task.versions, version), last_version=version.version)
+    draft.record("publish", f"{name}@{version.version}")
     is_live = activate or (activate is None and not task.weights)
     return Published(_point(draft, task, version.version) if is_live else draft.put(task), version, True)
 
@@ -68,7 +70,9 @@ def activate(draft: Draft, name: str, version: str, precondition: Precondition) 
     """All traffic goes to this version, were it weighted or quarantined before. Raises NotFoundError,
     PreconditionFailedError."""
     task = _checked(draft, name, precondition)
-    return _point(draft, task, task.find(version).version)
+    number = task.find(version).version
+    draft.record("activate", f"{name}@{number}")
+    return _point(draft, task, number)
 
 
 def set_weights(draft: Draft, name: str, weights: Mapping[str, int], precondition: Precondition) -> Task:
@@ -83,6 +87,7 @@ def set_weights(draft: Draft, name: str, weights: Mapping[str, int], preconditio
     found = {task.find(version).version: weight for version, weight in weights.items()}
     if len(found) < len(weights):
         raise InvalidChangeError(f"weights must name each version once, got {', '.join(sorted(weights))[:200]}")
+    draft.record("activate", f"{name}@{','.join(f'{number}:{weight}' for number, weight in sorted(found.items()))}")
     changed = replace(
         task,
         weights=tuple(sorted(found.items())),
@@ -93,11 +98,13 @@ def set_weights(draft: Draft, name: str, weights: Mapping[str, int], preconditio
 
 def set_pinned(draft: Draft, name: str, is_pinned: bool) -> Task:
     task = draft.present(name)
+    draft.record("pin" if is_pinned else "unpin", name)
     return _put(draft, task, replace(task, is_pinned=is_pinned))
 
 
 def set_enabled(draft: Draft, name: str, is_enabled: bool) -> Task:
     task = draft.present(name)
+    draft.record("enable" if is_enabled else "disable", name)
     return _put(draft, task, replace(task, is_disabled=not is_enabled))
 
 
@@ -108,6 +115,7 @@ def share(draft: Draft, name: str, tenants: Iterable[str], precondition: Precond
     if len(wanted) > MAX_SHARES:
         raise InvalidChangeError(f"a task is shared with <= {MAX_SHARES} tenants, or with *, got {len(wanted)}")
     task = _checked(draft, name, precondition)
+    draft.record("share", f"{name} with {', '.join(wanted) or 'nobody'}")
     return _put(draft, task, replace(task, shared_with=tuple(wanted)))
 
 
@@ -118,6 +126,7 @@ def quarantine(draft: Draft, name: str, version: int) -> Task | None:
     failed = task.find(str(version))
     if version in task.quarantined:
         return None
+    draft.record("quarantine", f"{name}@{version}")
     changed = replace(task, quarantined=(*task.quarantined, version))
     weights = tuple((number, weight) for number, weight in task.weights if number != version)
     if weights:
@@ -139,6 +148,7 @@ def delete_version(draft: Draft, name: str, version: str, precondition: Precondi
     if number in dict(task.weights):
         raise ConflictError(f"version {number} of task {name!r} has a weight; take it from the weights first")
     _refuse_member(draft, name, number)
+    draft.record("delete", f"{name}@{number}")
     draft.put(
         replace(
             task,
@@ -156,6 +166,7 @@ def delete_task(draft: Draft, name: str, precondition: Precondition) -> Task:
     task = _checked(draft, name, precondition)
     for version in task.versions:
         _refuse_member(draft, name, version.version, but_of=name)
+    draft.record("delete", name)
     draft.remove(name)
     return task
 

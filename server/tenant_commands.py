@@ -4,7 +4,7 @@ runs on it sees every change within a second."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,11 +16,11 @@ from server.options import AsJson, DataDir, RedisUrl
 from server.terminal import console, plain_errors, print_json, print_table, show
 
 if TYPE_CHECKING:
+    from prefix_store.audit import AuditEntry, Author
     from prefix_store.registry import Registry
     from prefix_store.tenants import Limits, Tenant
 
 app = typer.Typer(no_args_is_help=True, help="Tenants, their keys and limits, in the registry itself.")
-ACTOR = "cli"
 Given = Annotated[
     list[str] | None,
     typer.Option("--limit", help="NAME=NUMBER as weight=2 or tokens_per_minute=60000; NAME=none: without. Repeatable."),
@@ -43,7 +43,9 @@ def create(
         def change(found: Tenant | None) -> Tenant:
             return found or replace(made, limits=limits, keys=(key,))
 
-        tenant = _change(_open(data_dir, redis_url), name, change, "create-tenant")
+        tenant = _change(
+            _open(data_dir, redis_url), name, change, lambda made: "create-tenant" if key in made.keys else None
+        )
         is_new = key in tenant.keys
         if as_json:
             print_json(tenant.described() | ({"key": text} if is_new else {}))
@@ -82,7 +84,7 @@ def limits(
             tenant = _present(found, name)
             return replace(tenant, limits=_limits(tenant.limits, limit or []))
 
-        tenant = _change(_open(data_dir, redis_url), name, change, "set-limits" if limit else None)
+        tenant = _change(_open(data_dir, redis_url), name, change, lambda _: "set-limits" if limit else None)
         show(asdict(tenant.limits), as_json)
 
 
@@ -105,7 +107,7 @@ def rotate(
             tenant = _present(found, name)
             return tenant.with_expiry([each.id for each in tenant.keys], now_s + overlap_s).with_key(key, now_s)
 
-        tenant = _change(_open(data_dir, redis_url), name, change, "rotate-keys")
+        tenant = _change(_open(data_dir, redis_url), name, change, lambda _: "rotate-keys")
         if as_json:
             print_json(tenant.described() | {"key": text})
         else:
@@ -127,7 +129,7 @@ def suspend(
             _open(data_dir, redis_url),
             name,
             lambda found: replace(_present(found, name), is_suspended=not undo),
-            "resume" if undo else "suspend",
+            lambda _: "resume" if undo else "suspend",
         )
         show(tenant.described(), as_json)
 
@@ -138,8 +140,7 @@ def rm(name: str, data_dir: DataDir = None, redis_url: RedisUrl = None) -> None:
     with plain_errors():
         registry = _open(data_dir, redis_url)
         try:
-            registry.delete_tenant(name)
-            _audit(registry, name, "delete-tenant")
+            registry.delete_tenant(name, by=_author())
         finally:
             registry.close()
 
@@ -154,21 +155,33 @@ def _open(data_dir: Path | None, redis_url: str | None) -> Registry:
     return SqliteRegistry(Settings(**given).data_dir / "registry.sqlite")
 
 
-def _change(registry: Registry, name: str, change: Callable[[Tenant | None], Tenant], action: str | None) -> Tenant:
+def _change(
+    registry: Registry,
+    name: str,
+    change: Callable[[Tenant | None], Tenant],
+    action: Callable[[Tenant], str | None],
+) -> Tenant:
+    """`action` is what the audit calls it, None: nothing was done."""
+    by = _author()
+
+    def record(made: Tenant | None) -> Iterator[AuditEntry]:
+        assert made is not None
+        done = action(made)
+        if done is not None:
+            yield by.entry(name, done, name)
+
     try:
-        tenant = registry.update_tenant(name, change)
-        assert tenant is not None
-        if action is not None:
-            _audit(registry, name, action)
-        return tenant
+        tenant = registry.update_tenant(name, change, record)
     finally:
         registry.close()
+    assert tenant is not None
+    return tenant
 
 
-def _audit(registry: Registry, name: str, action: str) -> None:
-    from prefix_store.audit import AuditEntry
+def _author() -> Author:
+    from prefix_store.audit import Author
 
-    registry.append_audit(AuditEntry(name, ACTOR, action, name, time.time()))
+    return Author("cli")
 
 
 def _present(found: Tenant | None, name: str) -> Tenant:

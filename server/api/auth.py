@@ -13,6 +13,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from prefix_store.audit import Author
 from prefix_store.registry import Registry
 from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, OPERATOR_SCOPES, SCOPES, Key, Tenant, is_key, key_digest
 from server.api.errors import RequestError
@@ -55,6 +56,10 @@ class Caller:
     actor: str
     scopes: frozenset[str]
     key: Key | None = None
+
+    def author(self, request: Request) -> Author:
+        """Of what this request changes."""
+        return Author(self.actor, request.state.request_id)
 
     @property
     def is_operator(self) -> bool:

@@ -77,14 +77,13 @@ async def activate(
 ) -> Response:
     precondition = precondition_of(if_match, if_none_match)
     tenant, name = caller.tenant.name, _name(caller, task)
+    by = caller.author(request)
     if body.weights is not None:
-        subject = f"{name}@{','.join(f'{version}:{weight}' for version, weight in body.weights.items())}"
         weights = {str(version): weight for version, weight in body.weights.items()}
-        found = await asyncio.to_thread(state.store.set_weights, tenant, name, weights, precondition)
+        found = await asyncio.to_thread(state.store.set_weights, tenant, name, weights, precondition, by=by)
     else:
-        subject = f"{name}@{body.version}"
-        found = await asyncio.to_thread(state.store.activate, tenant, name, str(body.version), precondition)
-    await state.audit(caller, "activate", subject, request)
+        version = str(body.version)
+        found = await asyncio.to_thread(state.store.activate, tenant, name, version, precondition, by=by)
     await state.sync_pins()
     return task_response(state, found)
 
@@ -105,8 +104,9 @@ async def share(request: Request, state: State, caller: Asking, task: str, body:
     name = _name(caller, task)
     if "*" in body.tenants:
         caller.check_scope("operator")
-    found = await asyncio.to_thread(state.store.share, caller.tenant.name, name, tuple(body.tenants))
-    await state.audit(caller, "share", f"{name} with {', '.join(body.tenants) or 'nobody'}", request)
+    found = await asyncio.to_thread(
+        state.store.share, caller.tenant.name, name, tuple(body.tenants), by=caller.author(request)
+    )
     return task_response(state, found)
 
 
@@ -122,8 +122,7 @@ async def pin(request: Request, state: State, caller: Asking, task: str) -> Resp
         if num_bytes > limit:
             raise QuotaError(f"this tenant may pin {limit} bytes of device memory, with {name!r} it were {num_bytes}")
     await state.preload(version)
-    found = await asyncio.to_thread(state.store.set_pinned, tenant, name, True)
-    await state.audit(caller, "pin", name, request)
+    found = await asyncio.to_thread(state.store.set_pinned, tenant, name, True, by=caller.author(request))
     await state.sync_pins()
     return task_response(state, found)
 
@@ -131,8 +130,7 @@ async def pin(request: Request, state: State, caller: Asking, task: str) -> Resp
 @router.post("/{task}/unpin", summary="Let it be evicted again")
 async def unpin(request: Request, state: State, caller: Asking, task: str) -> Response:
     name = _name(caller, task)
-    found = await asyncio.to_thread(state.store.set_pinned, caller.tenant.name, name, False)
-    await state.audit(caller, "unpin", name, request)
+    found = await asyncio.to_thread(state.store.set_pinned, caller.tenant.name, name, False, by=caller.author(request))
     await state.sync_pins()
     return task_response(state, found)
 
@@ -161,8 +159,9 @@ async def delete_task(
         return await delete_version(request, state, caller, name, version, if_match, if_none_match)
     caller.check_task(task)
     precondition = precondition_of(if_match, if_none_match)
-    gone = await asyncio.to_thread(state.store.delete_task, caller.tenant.name, task, precondition)
-    await state.audit(caller, "delete", task, request)
+    gone = await asyncio.to_thread(
+        state.store.delete_task, caller.tenant.name, task, precondition, by=caller.author(request)
+    )
     await state.sync_pins()
     await state.free(gone.versions)
     return Response(status_code=204)
@@ -180,16 +179,18 @@ async def delete_version(
 ) -> Response:
     caller.check_task(task)
     precondition = precondition_of(if_match, if_none_match)
-    gone = await asyncio.to_thread(state.store.delete_version, caller.tenant.name, task, version, precondition)
-    await state.audit(caller, "delete", f"{task}@{gone.version}", request)
+    gone = await asyncio.to_thread(
+        state.store.delete_version, caller.tenant.name, task, version, precondition, by=caller.author(request)
+    )
     await state.free((gone,))
     return Response(status_code=204)
 
 
 async def _set_enabled(request: Request, state: AppState, caller: Caller, task: str, *, is_enabled: bool) -> Response:
     name = _name(caller, task)
-    found = await asyncio.to_thread(state.store.set_enabled, caller.tenant.name, name, is_enabled)
-    await state.audit(caller, "enable" if is_enabled else "disable", name, request)
+    found = await asyncio.to_thread(
+        state.store.set_enabled, caller.tenant.name, name, is_enabled, by=caller.author(request)
+    )
     return task_response(state, found)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,7 +13,6 @@ from typing import Annotated
 import structlog
 from fastapi import Depends, Request
 
-from prefix_store.audit import AuditEntry
 from prefix_store.ensemble import Ensemble, Rule
 from prefix_store.errors import UnavailableError
 from prefix_store.prefix import Layout
@@ -150,23 +148,13 @@ class AppState:
         while len(self.labels) > MAX_LABELS:
             self.labels.popitem(last=False)
 
-    async def audit(self, caller: Caller, action: str, subject: str, request: Request, tenant: str = "") -> None:
-        """Append who did what, to what of `tenant` (of the caller's own)."""
-        entry = AuditEntry(
-            tenant or caller.tenant.name, caller.actor, action, subject, time.time(), request.state.request_id
-        )
-        await asyncio.to_thread(self.registry.append_audit, entry)
-
     async def quarantine(self, version: Version) -> None:
         """Take a version that fails out of service, where another can take its place."""
         changed = await asyncio.to_thread(self.store.quarantine, version.tenant, version.task, version.version)
         if changed is None:
             return
-        subject = f"{version.task}@{version.version}"
         log.warning("version_quarantined", tenant=version.tenant, task=version.task, version=version.version)
         self.metrics.quarantined()
-        entry = AuditEntry(version.tenant, "server", "quarantine", subject, time.time())
-        await asyncio.to_thread(self.registry.append_audit, entry)
         await self.sync_pins()
 
     async def start(self) -> None:

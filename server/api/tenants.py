@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from prefix_store.audit import AuditEntry
 from prefix_store.errors import NotFoundError
 from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, SCOPES, Limits, Tenant, check_tenant_name, new_key
 from server.api.auth import Asking, Caller
@@ -37,9 +38,14 @@ async def put_tenant(
         made = DEFAULT if name == DEFAULT_TENANT else Tenant(name)
         return replace(made, limits=limits or made.limits, keys=(key,))
 
-    made = await _change(state, name, change)
+    by = caller.author(request)
+
+    def record(made: Tenant | None) -> Iterator[AuditEntry]:
+        is_new = made is not None and key in made.keys
+        yield by.entry(name, "create-tenant" if is_new else "set-limits", name)
+
+    made = await _change(state, name, change, record)
     is_new = key in made.keys
-    await state.audit(caller, "create-tenant" if is_new else "set-limits", name, request, name)
     return JSONResponse(made.described() | ({"key": text} if is_new else {}), 201 if is_new else 200, NOT_STORED)
 
 
@@ -58,9 +64,8 @@ async def get_tenant(state: State, caller: Asking, name: str) -> dict[str, Any]:
 @router.delete("/{name}", summary="Delete a tenant with its keys, tasks and files", status_code=204)
 async def delete_tenant(request: Request, state: State, caller: Asking, name: str) -> Response:
     await _visible(state, caller, name)
-    gone = await asyncio.to_thread(state.store.delete_tenant, name)
+    gone = await asyncio.to_thread(state.store.delete_tenant, name, by=caller.author(request))
     await asyncio.to_thread(state.keys.refresh)
-    await state.audit(caller, "delete-tenant", name, request, name)
     await state.sync_pins()
     await state.free(gone)
     return Response(status_code=204)
@@ -96,10 +101,11 @@ async def make_key(request: Request, state: State, caller: Asking, name: str, bo
             found = found.with_expiry([found.key(old.id).id], now_s + body.overlap_s)
         return found.with_key(key, now_s)
 
-    await _change(state, name, change)
-    await state.audit(caller, "make-key", key.id, request, name)
+    by = caller.author(request)
+    entries = [by.entry(name, "make-key", key.id)]
     if old is not None:
-        await state.audit(caller, "expire-key", old.id, request, name)
+        entries.append(by.entry(name, "expire-key", old.id))
+    await _change(state, name, change, lambda _: entries)
     shown = {"key": text, **key.described()}
     return JSONResponse(shown, 201, NOT_STORED)
 
@@ -113,13 +119,18 @@ async def delete_key(request: Request, state: State, caller: Asking, name: str, 
             raise _no_tenant(name)
         return found.without_key(key_id)
 
-    await _change(state, name, change)
-    await state.audit(caller, "delete-key", key_id, request, name)
+    entry = caller.author(request).entry(name, "delete-key", key_id)
+    await _change(state, name, change, lambda _: [entry])
     return Response(status_code=204)
 
 
-async def _change(state: AppState, name: str, change: Callable[[Tenant | None], Tenant]) -> Tenant:
-    made = await asyncio.to_thread(state.registry.update_tenant, name, change)
+async def _change(
+    state: AppState,
+    name: str,
+    change: Callable[[Tenant | None], Tenant],
+    record: Callable[[Tenant | None], Iterable[AuditEntry]],
+) -> Tenant:
+    made = await asyncio.to_thread(state.registry.update_tenant, name, change, record)
     assert made is not None
     await asyncio.to_thread(state.keys.refresh)
     return made
@@ -133,8 +144,8 @@ async def _set_suspended(
             raise _no_tenant(name)
         return replace(found, is_suspended=is_suspended)
 
-    made = await _change(state, name, change)
-    await state.audit(caller, "suspend" if is_suspended else "resume", name, request, name)
+    entry = caller.author(request).entry(name, "suspend" if is_suspended else "resume", name)
+    made = await _change(state, name, change, lambda _: [entry])
     return made.described()
 
 

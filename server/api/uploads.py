@@ -105,6 +105,7 @@ async def upload(
             "activate": goes_live,
             "precondition": precondition,
             "limits": caller.tenant.limits,
+            "by": caller.author(request),
         }
         if kind == "application/json":
             if index is not None:
@@ -119,8 +120,6 @@ async def upload(
             await state.engine.check(prefix, tenant)
             publish = partial(state.store.publish, tenant, task, prefix, base=base, **options)
         published: Published = await asyncio.to_thread(publish)
-    made = f"{task}@{published.version.version}"
-    await state.audit(caller, "publish" if published.is_new else "publish-known", made, request)
     await state.sync_pins()
     headers = {
         "ETag": f'"{published.task.revision}"',

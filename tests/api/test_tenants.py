@@ -347,7 +347,7 @@ class TestRecords:
         actions = [(entry["action"], entry["subject"]) for entry in entries]
         assert actions == [
             ("delete", "t"),
-            ("activate", "t@previous"),
+            ("activate", "t@1"),
             ("publish", "t@2"),
             ("publish", "t@1"),
             ("create-tenant", "audited"),

@@ -6,14 +6,18 @@ import math
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from prefix_store.audit import AuditEntry
+from prefix_store.audit import AuditEntry, Author
+from prefix_store.blobs import Blobs
+from prefix_store.errors import ConflictError
 from prefix_store.registry import Registry
+from prefix_store.store import PrefixStore
 from prefix_store.tenants import SCOPES, Key, Limits, Tenant, new_key
 from prefix_store.usage import Usage
-from tests.prefix_store.small_prefixes import OURS, THEIRS, Open
+from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, Open, soft
 
 
 def entry(tenant: str, subject: str) -> AuditEntry:
@@ -62,7 +66,8 @@ class TestTenants:
             raise ValueError("no")
 
         with pytest.raises(ValueError, match="no"):
-            registry.update_tenant(OURS, refuse)
+            registry.update_tenant(OURS, refuse, lambda _: [entry(OURS, "t")])
+        assert registry.list_audit(None, 9, None) == []
         assert registry.get_tenant(OURS) == made
         assert registry.tenants_revision() == 1
 
@@ -97,6 +102,47 @@ class TestAudit:
         assert other.list_audit(OURS, 3, made[6].number) == [made[4], made[2], made[0]]
         assert other.list_audit(None, 2, made[4].number) == [made[3], made[2]]
         assert other.list_audit("nobody", 3, None) == []
+
+    def test_a_change_and_its_entry_are_one(self, open_registry: Open, tmp_path: Path) -> None:
+        registry, by = open_registry(), Author("key-1", "request-1")
+        store = PrefixStore(registry, Blobs(tmp_path / "blobs"), SHAPE)
+        for seed in (1, 2, 2):
+            store.publish(OURS, "t", soft(seed), base="unverified", by=by)
+        store.activate(OURS, "t", "previous", by=by)
+        store.set_weights(OURS, "t", {"2": 30, "1": 70}, by=by)
+        store.quarantine(OURS, "t", 2)
+        assert store.quarantine(OURS, "t", 2) is None
+        store.share(OURS, "t", [THEIRS, OURS], by=by)
+        store.set_pinned(OURS, "t", True, by=by)
+        store.set_pinned(OURS, "t", True, by=by)
+        store.set_enabled(OURS, "t", False, by=by)
+        store.publish(OURS, "other", soft(3), base="unverified")
+        with pytest.raises(ConflictError):
+            store.delete_version(OURS, "t", "1", by=by)
+        store.delete_version(OURS, "t", "2", by=by)
+        store.delete_task(OURS, "t", by=by)
+        found = registry.list_audit(OURS, 100, None)[::-1]
+        assert [each.number for each in found] == list(range(1, 14))
+        assert [(each.actor, each.request_id, each.action, each.subject) for each in found] == [
+            ("key-1", "request-1", "publish", "t@1"),
+            ("key-1", "request-1", "publish", "t@2"),
+            ("key-1", "request-1", "publish-known", "t@2"),
+            ("key-1", "request-1", "activate", "t@1"),
+            ("key-1", "request-1", "activate", "t@1:70,2:30"),
+            ("server", "", "quarantine", "t@2"),
+            ("key-1", "request-1", "share", f"t with {THEIRS}"),
+            ("key-1", "request-1", "pin", "t"),
+            ("key-1", "request-1", "pin", "t"),
+            ("key-1", "request-1", "disable", "t"),
+            ("server", "", "publish", "other@1"),
+            ("key-1", "request-1", "delete", "t@2"),
+            ("key-1", "request-1", "delete", "t"),
+        ]
+        created = by.entry(OURS, "create-tenant", OURS)
+        registry.update_tenant(OURS, lambda _: Tenant(OURS), lambda _: [created])
+        registry.delete_tenant(OURS, by=by)
+        assert [each.action for each in open_registry().list_audit(OURS, 2, None)] == ["delete-tenant", "create-tenant"]
+        assert registry.list_audit(THEIRS, 9, None) == []
 
     def test_the_same_twice_is_two_entries(self, registry: Registry) -> None:
         for _ in range(2):

@@ -1,5 +1,5 @@
 """200 times `kill -9` on each registry amid uploads, ensembles among them, flips and deletes: every acknowledged change
-is there, and none is half done."""
+is there, and none is half done, or without its entry in the audit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from prefix_store.audit import AuditEntry
 from prefix_store.blobs import Blobs
 from prefix_store.ensemble import Ensemble
 from prefix_store.store import PrefixStore
@@ -31,6 +32,26 @@ def check_whole(store: PrefixStore, task: Task, tasks: dict[str, Task]) -> None:
                 assert tasks[member.task].find(str(member.version)).digest == member.digest
         else:
             assert store.load(OURS, version.digest).layout == version.content
+
+
+def told_by(audit: list[AuditEntry]) -> dict[str, tuple[set[int], int]]:
+    """What the entries, the newest first, make of it: each task's versions and its active one."""
+    found: dict[str, tuple[set[int], int]] = {}
+    for entry in reversed(audit):
+        task, _, number = entry.subject.partition("@")
+        versions, active = found.get(task, (set(), 0))
+        match entry.action:
+            case "publish":
+                found[task] = versions | {int(number)}, int(number)
+            case "activate":
+                found[task] = versions, int(number)
+            case "delete" if number:
+                found[task] = versions - {int(number)}, active
+            case "delete":
+                del found[task]
+            case other:
+                assert other == "publish-known"
+    return found
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])
@@ -65,6 +86,10 @@ def test_acknowledged_changes_survive_kill(kind: str, tmp_path: Path, request: p
         heard.close()
         store = open_store(tmp_path, url)
         tasks = {task.name: task for task in store.list_tasks(OURS)}
+        told = told_by(store._registry.list_audit(OURS, 1_000_000, None))
+        assert told == {
+            name: ({version.version for version in task.versions}, task.active) for name, task in tasks.items()
+        }
         open_change = task_of(first)
         assert {**tasks, open_change: None} == {**known, open_change: None}
         known = tasks

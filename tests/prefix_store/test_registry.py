@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from prefix_store.blobs import Blobs
+from prefix_store.draft import Draft
 from prefix_store.ensemble import Ensemble, Member
 from prefix_store.errors import ConflictError, InvalidArtefactError, NotFoundError, PreconditionFailedError
 from prefix_store.prefix import Layout
@@ -263,14 +264,16 @@ class TestContract:
     def test_change_that_raises_leaves_everything_as_it_was(self, registry: Registry) -> None:
         before = add(registry, "t", new_version("a" * 64, CONTENTS[0])).task
 
-        def fail(draft: object) -> None:
-            draft.remove("t")  # type: ignore[attr-defined]
+        def fail(draft: Draft) -> None:
+            draft.remove("t")
+            draft.record("delete", "t")
             raise ConflictError("no")
 
         with pytest.raises(ConflictError, match="no"):
             registry.change(OURS, fail)
         assert registry.get_task(OURS, "t") == before
         assert registry.stored(OURS).num_versions == 1
+        assert [entry.action for entry in registry.list_audit(None, 9, None)] == ["publish"]
 
     def test_two_writers_lose_nothing(self, open_registry: Open, tmp_path: Path) -> None:
         stores = [PrefixStore(open_registry(), Blobs(tmp_path / "blobs"), SHAPE) for _ in range(3)]
@@ -287,6 +290,8 @@ class TestContract:
         assert numbers == tuple(range(1, 46))
         assert len(set(revisions)) == 45
         assert [version.version for version in stores[0].get_task(OURS, "t").versions] == list(numbers)
+        made = [entry for entry in stores[0]._registry.list_audit(OURS, 1000, None) if entry.action == "publish"]
+        assert [entry.subject for entry in reversed(made)] == [f"t@{number}" for number in numbers]
         assert stores[0].stored(OURS).num_versions == 45
 
     def test_file_of_a_version_is_there_whoever_deletes_the_same_content(
