@@ -50,19 +50,28 @@ def held_back(folder: Path, task: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.fixture(scope="module", params=list(FOLDERS))
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@pytest.fixture(scope="module")
+def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from serve("default", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def phonemes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from serve("phonemes", tmp_path_factory)
+
+
+def serve(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Requests of all tasks in one shuffled stream, 48 at a time."""
-    folder = FOLDERS[request.param]
-    is_default = request.param == "default"
+    folder = FOLDERS[name]
+    is_default = name == "default"
     model_path = find_model(None).path if is_default else folder / "model"
     options = [] if is_default else ["--model", str(model_path), "--model-alias", "phonemes-t5"]
     options += ["--dtype", "float32", "--max-queue-s", "600", "--publish-examples", str(folder / "prefixes")]
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     kind = AutoModelForCausalLM if is_default else AutoModelForSeq2SeqLM
-    with running(tmp_path_factory.mktemp(request.param) / "data", *options) as program:
+    with running(tmp_path_factory.mktemp(name) / "data", *options) as program:
         found = Served(folder, model_path, kind, tokenizer, program, {})
-        tasks = [task for name, task in TASKS if name == request.param]
+        tasks = [task for model, task in TASKS if model == name]
         asked = [(task, i, example) for task in tasks for i, example in enumerate(held_back(folder, task))]
         random.Random(0).shuffle(asked)
         with ThreadPoolExecutor(48) as clients:
@@ -103,8 +112,9 @@ def predicted(model: Any, encoded: Any, answer: list[int]) -> tuple[list[int], t
     return logits.argmax(-1).tolist(), logits
 
 
-@pytest.mark.parametrize(("served", "task"), TASKS, indirect=["served"])
-def test_an_example_over_http_answers_as_peft_does(served: Served, task: str) -> None:
+@pytest.mark.parametrize(("model_name", "task"), TASKS)
+def test_an_example_over_http_answers_as_peft_does(model_name: str, task: str, request: pytest.FixtureRequest) -> None:
+    served: Served = request.getfixturevalue(model_name)
     base = served.model_class.from_pretrained(served.model_path, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(base, served.folder / "prefixes" / task).eval()
     wrong, num_ties = [], 0
@@ -128,12 +138,12 @@ def test_an_example_over_http_answers_as_peft_does(served: Served, task: str) ->
 
 
 @pytest.mark.parametrize(
-    ("served", "task", "other"),
+    ("model_name", "task", "other"),
     [("default", "restore", "films"), ("phonemes", "backwards", "phonemes")],
-    indirect=["served"],
 )
-def test_the_examples_are_told_apart(served: Served, task: str, other: str) -> None:
+def test_the_examples_are_told_apart(model_name: str, task: str, other: str, request: pytest.FixtureRequest) -> None:
     """Swapped tasks answer otherwise: the equalities above are not those of a model that ignores its prefix."""
+    served: Served = request.getfixturevalue(model_name)
     examples = held_back(served.folder, task)[:5]
     swapped = [served.program.tokens(e["inputs"], other, served.max_new_tokens(e["answer"])) for e in examples]
     assert all(ours != theirs for ours, theirs in zip(swapped, served.answers[task], strict=False))
