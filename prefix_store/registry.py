@@ -109,13 +109,13 @@ class Registry(Protocol):
 
     def delete_tenant(self, name: str, *, by: Author) -> list[Version]:
         """The tenant goes with its keys and tasks, not with its files; the versions that it had. Where this is cut off
-        a suspended tenant is left, and it can be called again. Raises NotFoundError, InvalidTenantError,
-        ConflictError for `default`."""
+        a suspended tenant is left, which the audit has as deleted, and it can be called again. Raises NotFoundError,
+        InvalidTenantError, ConflictError for `default`."""
         if check_tenant_name(name) == DEFAULT_TENANT:
             raise ConflictError(f"tenant {DEFAULT_TENANT!r} cannot be deleted")
-        self.update_tenant(name, partial(_suspended, name))
+        self.update_tenant(name, partial(_suspended, name), lambda _: [by.entry(name, "delete-tenant", name)])
         gone = self.change(name, delete_all)
-        self.update_tenant(name, lambda _: None, lambda _: [by.entry(name, "delete-tenant", name)])
+        self.update_tenant(name, lambda _: None)
         gone += self.change(name, delete_all)  # what uploads brought that had been let in before
         return [version for task in gone for version in task.versions]
 

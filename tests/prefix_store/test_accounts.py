@@ -144,6 +144,24 @@ class TestAudit:
         assert [each.action for each in open_registry().list_audit(OURS, 2, None)] == ["delete-tenant", "create-tenant"]
         assert registry.list_audit(THEIRS, 9, None) == []
 
+    def test_a_deletion_of_a_tenant_that_is_cut_off_has_its_entry(
+        self, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        registry.update_tenant(OURS, lambda _: Tenant(OURS))
+
+        def cut(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(registry, "change", cut)
+            with pytest.raises(KeyboardInterrupt):
+                registry.delete_tenant(OURS, by=Author("key-1"))
+        left = registry.get_tenant(OURS)
+        assert left is not None
+        assert left.is_suspended
+        (told,) = registry.list_audit(OURS, 9, None)
+        assert (told.actor, told.action) == ("key-1", "delete-tenant")
+
     def test_the_same_twice_is_two_entries(self, registry: Registry) -> None:
         for _ in range(2):
             registry.append_audit(entry(OURS, "t"))
