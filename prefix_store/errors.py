@@ -21,7 +21,11 @@ from __future__ import annotations
 
 
 class PrefixStoreError(Exception):
-    """Base of all."""
+    """Base of all. The text is for who asked; `detail` may name hosts and paths and is for operators only."""
+
+    def __init__(self, message: str, *, detail: object = "") -> None:
+        super().__init__(message)
+        self.detail = str(detail)
 
 
 class InvalidArtefactError(PrefixStoreError):
@@ -78,3 +82,9 @@ class QuotaError(StorageFullError):
 
 class UnavailableError(PrefixStoreError):
     """The registry cannot be reached; nothing was changed, or whether it was is not known."""
+
+
+def in_full(error: Exception) -> str:
+    """With its detail: for logs and the command line."""
+    detail = error.detail if isinstance(error, PrefixStoreError) else ""
+    return f"{error}: {detail}" if detail else str(error)

@@ -13,7 +13,7 @@ from typing import TypeVar
 from prefix_store.audit import SERVER, AuditEntry, Author, no_entries
 from prefix_store.buckets import Taken
 from prefix_store.draft import Draft
-from prefix_store.errors import StorageFullError, UnavailableError
+from prefix_store.errors import StorageFullError, UnavailableError, in_full
 from prefix_store.local_copy import LocalCopy, Position
 from prefix_store.redis_events import FIRST, Event
 from prefix_store.redis_registry import RedisRegistry
@@ -99,8 +99,8 @@ class Mirror(LocalCopy):
     def list_audit(self, tenant: str | None, limit: int, before: int | None) -> list[AuditEntry]:
         return self._shared.list_audit(tenant, limit, before)
 
-    def add_usage(self, rows: Iterable[Usage]) -> None:
-        self._shared.add_usage(rows)
+    def add_usage(self, rows: Iterable[Usage], batch: str) -> None:
+        self._shared.add_usage(rows, batch)
 
     def usage(self, tenant: str | None, first_day: str, last_day: str) -> list[Usage]:
         return self._shared.usage(tenant, first_day, last_day)
@@ -151,9 +151,9 @@ class Mirror(LocalCopy):
         """Nobody changes what they would not see changed."""
         trouble = self._trouble
         if isinstance(trouble, StorageFullError):
-            raise StorageFullError(str(trouble))
+            raise StorageFullError(str(trouble), detail=trouble.detail)
         if trouble is not None:
-            raise UnavailableError(f"the registry is not followed: {trouble}")
+            raise UnavailableError("the registry is not followed", detail=in_full(trouble))
 
     def _catch_up(self) -> None:
         """With what was written just now. Where that fails the thread sees to it."""

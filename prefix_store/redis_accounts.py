@@ -14,7 +14,7 @@ from prefix_store.errors import UnavailableError
 from prefix_store.redis_scripts import ADD_USAGE, APPEND_AUDIT, TAKE, UPDATE_TENANT
 from prefix_store.redis_server import RedisServer
 from prefix_store.tenants import Tenant
-from prefix_store.usage import COUNTS, FLOAT_COUNT, Usage
+from prefix_store.usage import BATCH_REMEMBERED_S, COUNTS, FLOAT_COUNT, Usage
 
 MAX_EVENTS = 10_000
 MAX_TRIES = 50
@@ -86,7 +86,7 @@ class RedisAccounts:
         found = (line.split(" ", 1) for line in lines)
         return [read_audit(int(number), document) for number, document in found]
 
-    def add_usage(self, rows: Iterable[Usage]) -> None:
+    def add_usage(self, rows: Iterable[Usage], batch: str) -> None:
         counts = [
             (" ".join(map(str, row.key)), {name: str(count) for name in COUNTS if (count := getattr(row, name))})
             for row in rows
@@ -94,8 +94,8 @@ class RedisAccounts:
         if counts:
             with self._server.answering() as client:
                 self._add_usage(
-                    keys=[keys.USAGE_ROWS, *(keys.usage(line) for line, _ in counts)],
-                    args=[json.dumps(counts), FLOAT_COUNT],
+                    keys=[keys.USAGE_ROWS, keys.usage_batch(batch), *(keys.usage(line) for line, _ in counts)],
+                    args=[json.dumps(counts), FLOAT_COUNT, BATCH_REMEMBERED_S],
                     client=client,
                 )
 

@@ -43,6 +43,11 @@ def usage(row: str) -> str:
     return f"{PREFIX}:usage:{row}"
 
 
+def usage_batch(batch: str) -> str:
+    """String: it was added."""
+    return f"{PREFIX}:usage_batch:{batch}"
+
+
 def bucket(tenant: str, name: str) -> str:
     """Hash: `level`, `at` (seconds)."""
     return f"{PREFIX}:bucket:{tenant}:{name}"

@@ -96,14 +96,16 @@ return 1
 # Returns: its number
 APPEND_AUDIT = APPEND + "return append(KEYS[1], KEYS[2], KEYS[3], {ARGV[1]})"
 
-# KEYS: USAGE_ROWS, and a usage hash for every row
-# ARGV: the rows in JSON: [[line of USAGE_ROWS, {name: count as text}]]; the one name whose counts are no integers
-# Returns: 1
+# KEYS: USAGE_ROWS, usage batch, and a usage hash for every row
+# ARGV: the rows in JSON: [[line of USAGE_ROWS, {name: count as text}]]; the one name whose counts are no integers; for
+#       how many seconds the batch is remembered
+# Returns: 1; 0 where the batch was added before, and then nothing was written
 ADD_USAGE = """
+if not redis.call('SET', KEYS[2], '1', 'NX', 'EX', ARGV[3]) then return 0 end
 for i, row in ipairs(cjson.decode(ARGV[1])) do
     redis.call('ZADD', KEYS[1], 0, row[1])
     for name, count in pairs(row[2]) do
-        redis.call(name == ARGV[2] and 'HINCRBYFLOAT' or 'HINCRBY', KEYS[i + 1], name, count)
+        redis.call(name == ARGV[2] and 'HINCRBYFLOAT' or 'HINCRBY', KEYS[i + 2], name, count)
     end
 end
 return 1

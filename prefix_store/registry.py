@@ -131,8 +131,9 @@ class Registry(Protocol):
         """Newest first, of one tenant or all, from the last whose number is less than `before`."""
         ...
 
-    def add_usage(self, rows: Iterable[Usage]) -> None:
-        """Add to what is stored: all rows, or none. After UnavailableError they may have been added."""
+    def add_usage(self, rows: Iterable[Usage], batch: str) -> None:
+        """Add to what is stored: all rows, or none. After UnavailableError they may have been added: rows of the same
+        `batch`, an id of the caller's, are added once within a day, however often they are given."""
         ...
 
     def usage(self, tenant: str | None, first_day: str, last_day: str) -> list[Usage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,7 +55,7 @@ def copy(source: Registry, target: Registry) -> Contents:
     for entry in found.audit[len(there.audit) :]:
         target.append_audit(entry)
     if not there.usage:
-        target.add_usage(found.usage)
+        target.add_usage(found.usage, uuid.uuid4().hex)
     return found
 
 

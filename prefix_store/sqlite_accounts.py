@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from prefix_store.buckets import Taken, TokenBuckets
 from prefix_store.documents import read_audit, read_tenant, write_audit, write_tenant
 from prefix_store.sqlite_file import SqliteFile
 from prefix_store.tenants import Tenant
-from prefix_store.usage import COUNTS, Usage
+from prefix_store.usage import BATCH_REMEMBERED_S, COUNTS, Usage
 
 USAGE = f"day, tenant, task, version, {', '.join(COUNTS)}"
 ADD_USAGE = (
@@ -75,10 +76,13 @@ class SqliteAccounts:
             ).fetchall()
         return [read_audit(number, document) for number, document in rows]
 
-    def add_usage(self, rows: Iterable[Usage]) -> None:
+    def add_usage(self, rows: Iterable[Usage], batch: str) -> None:
         values = [(*row.key, *(getattr(row, name) for name in COUNTS)) for row in rows]
+        now = time.time()
         with self._file.transaction() as db:
-            db.executemany(ADD_USAGE, values)
+            db.execute("DELETE FROM usage_batches WHERE at_s < ?", (now - BATCH_REMEMBERED_S,))
+            if db.execute("INSERT OR IGNORE INTO usage_batches VALUES (?, ?)", (batch, now)).rowcount:
+                db.executemany(ADD_USAGE, values)
 
     def usage(self, tenant: str | None, first_day: str, last_day: str) -> list[Usage]:
         with self._file.snapshot() as db:

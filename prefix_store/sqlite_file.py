@@ -33,9 +33,10 @@ CREATE INDEX IF NOT EXISTS audit_by_tenant ON audit (tenant, number);
 CREATE TABLE IF NOT EXISTS usage (
     day TEXT NOT NULL, tenant TEXT NOT NULL, task TEXT NOT NULL, version INTEGER NOT NULL, {USAGE_COLUMNS},
     PRIMARY KEY (day, tenant, task, version)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS usage_batches (batch TEXT PRIMARY KEY, at_s REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS copied (identity TEXT NOT NULL, event TEXT NOT NULL);
 """
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 WAIT_S = 10.0
 UNAVAILABLE = (
     sqlite3.SQLITE_BUSY,
@@ -132,11 +133,11 @@ def _named(path: Path) -> Iterator[None]:
         extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
         code = extended & 0xFF  # the rest says where it came about
         if code == sqlite3.SQLITE_FULL:
-            raise StorageFullError(f"{path}: {error}") from error
+            raise StorageFullError(f"the registry has no room: {error}", detail=path) from error
         if extended == sqlite3.SQLITE_IOERR_SHMSIZE:  # the first to open it takes 32 KiB beside it
-            raise StorageFullError(f"{path}: database or disk is full") from error
+            raise StorageFullError("the registry has no room: database or disk is full", detail=path) from error
         if code in UNAVAILABLE:
-            raise UnavailableError(f"{path}: expected to read and write it, got: {error}") from error
+            raise UnavailableError(f"expected to read and write the registry, got: {error}", detail=path) from error
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+BATCH_REMEMBERED_S = 86_400
 FIRST_DAY, LAST_DAY = "0000-00-00", "9999-99-99"  # around every day
 
 

@@ -172,13 +172,22 @@ class TestUsage:
     def test_rows_are_summed(self, open_registry: Open) -> None:
         registry = open_registry()
         row = used("2026-11-25", num_requests=2, generated_tokens=2**40, resident_byte_s=0.5)
-        registry.add_usage([row, used("2026-11-25", task="", version=0, num_requests=1)])
-        open_registry().add_usage([row, row])
-        registry.add_usage([])
+        registry.add_usage([row, used("2026-11-25", task="", version=0, num_requests=1)], "a")
+        open_registry().add_usage([row, row], "b")
+        registry.add_usage([], "c")
         assert registry.usage(OURS, "2026-11-25", "2026-11-25") == [
             used("2026-11-25", task="", version=0, num_requests=1),
             used("2026-11-25", num_requests=6, generated_tokens=3 * 2**40, resident_byte_s=1.5),
         ]
+
+    def test_batch_that_is_given_again_counts_once(self, open_registry: Open) -> None:
+        registry = open_registry()
+        row = used("2026-11-25", num_requests=2)
+        for each in (registry, open_registry(), registry):
+            each.add_usage([row], "a")
+        assert registry.usage(OURS, row.day, row.day) == [row]
+        registry.add_usage([row], "b")
+        assert registry.usage(OURS, row.day, row.day) == [row + row]
 
     def test_rows_are_found_by_tenant_and_days_in_order(self, registry: Registry) -> None:
         rows = [
@@ -187,7 +196,7 @@ class TestUsage:
             for tenant in (OURS, THEIRS)
             for task, version in (("owner/t", 2), ("owner/t", 10), ("u", 1))
         ]
-        registry.add_usage(reversed(rows))
+        registry.add_usage(reversed(rows), "a")
         assert registry.usage(None, "2026-11-24", "2026-11-26") == rows
         assert registry.usage(None, "2026-11-25", "2026-11-25") == rows[6:12]
         assert registry.usage(THEIRS, "2026-11-25", "2027-01-01") == rows[9:12] + rows[15:]

@@ -13,7 +13,7 @@ from prefix_store import redis_files
 from prefix_store import redis_keys as keys
 from prefix_store.blobs import Blobs
 from prefix_store.draft import Draft
-from prefix_store.errors import ConflictError, StorageFullError, UnavailableError
+from prefix_store.errors import ConflictError, StorageFullError, UnavailableError, in_full
 from prefix_store.prefix import Layout
 from prefix_store.redis_files import RedisFiles
 from prefix_store.redis_registry import RedisRegistry
@@ -23,6 +23,7 @@ from prefix_store.store import PrefixStore
 from prefix_store.task import ANY
 from prefix_store.task_changes import Published, add_version
 from prefix_store.tenants import Tenant
+from prefix_store.usage import Usage
 from tests.prefix_store.redis_process import RedisProcess
 from tests.prefix_store.small_prefixes import OURS, SHAPE, add, new_version, publish
 
@@ -222,9 +223,25 @@ class TestAway:
         ):
             with pytest.raises(UnavailableError, match="cannot be reached") as caught:
                 call()
-            assert "secret" not in str(caught.value)
+            assert "secret" not in in_full(caught.value)
+            assert "127.0.0.1" not in str(caught.value)
         store.sweep()
         registry.close()
+
+    def test_usage_whose_answer_got_lost_counts_once(
+        self, registry: RedisRegistry, redis_process: RedisProcess
+    ) -> None:
+        row = Usage("2026-11-25", OURS, "t", 1, num_requests=1)
+        registry.add_usage([row], "before")
+        redis_process.stop()
+        try:
+            with pytest.raises(UnavailableError):
+                registry.add_usage([row], "lost")
+        finally:
+            redis_process.go_on()
+        assert registry.usage(OURS, row.day, row.day) == [row + row], "what was sent was done all the same"
+        registry.add_usage([row], "lost")
+        assert registry.usage(OURS, row.day, row.day) == [row + row]
 
     def test_server_that_hangs_holds_a_call_for_its_timeout_only(
         self, registry: RedisRegistry, redis_process: RedisProcess

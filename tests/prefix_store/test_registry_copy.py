@@ -41,7 +41,7 @@ def fill(registry: Registry, tmp_path: Path) -> PrefixStore:
         ensemble(store, "e", "t@1", "t@2", tenant=tenant)
         store.set_weights(tenant, "t", {"2": 1, "3": 9})
         store.quarantine(tenant, "t", 1)
-        registry.add_usage([Usage("2026-11-25", tenant, "t", 1, num_requests=3, resident_byte_s=0.25)])
+        registry.add_usage([Usage("2026-11-25", tenant, "t", 1, num_requests=3, resident_byte_s=0.25)], tenant)
     store.share(OURS, "t", [THEIRS, "*"])
     store.set_pinned(OURS, "t", True)
     return store

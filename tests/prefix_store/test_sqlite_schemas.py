@@ -18,6 +18,7 @@ from prefix_store.native_format import digest_of, write_native
 from prefix_store.prefix import Layout, Prefix
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
+from prefix_store.usage import Usage
 from tests.prefix_store.small_prefixes import DIM, HEADS, HIDDEN, OURS, SHAPE, THEIRS, ensemble, publish
 
 # What the first schema's file was made with.
@@ -99,10 +100,27 @@ def test_file_of_a_later_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "registry.sqlite"
     SqliteRegistry(path).close()
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 4")
+    db.execute("PRAGMA user_version = 5")
     db.close()
-    with pytest.raises(ConflictError, match="expected a registry of schema 3, got 4"):
+    with pytest.raises(ConflictError, match="expected a registry of schema 4, got 5"):
         SqliteRegistry(path)
+
+
+def test_file_of_the_third_schema_goes_on(tmp_path: Path) -> None:
+    """It had no batches of usage."""
+    path = tmp_path / "registry.sqlite"
+    row = Usage("2026-11-25", OURS, "t", 1, num_requests=1)
+    registry = SqliteRegistry(path)
+    registry.add_usage([row], "before")
+    registry.close()
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("DROP TABLE usage_batches")
+    db.execute("PRAGMA user_version = 3")
+    db.close()
+    registry = SqliteRegistry(path)
+    registry.add_usage([row], "after")
+    assert registry.usage(OURS, row.day, row.day) == [row + row]
+    registry.close()
 
 
 def test_file_of_the_second_schema_keeps_layouts_ensembles_and_untenanted_files(tmp_path: Path) -> None:
