@@ -8,6 +8,7 @@ generation gives that answer.
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,14 @@ def held_back(folder: Path, task: str) -> list[dict[str, str]]:
     lines = (folder / "held_back" / f"{task}.jsonl").read_text().splitlines()
     assert len(lines) == 200
     return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_threads(one_thread: None) -> Iterator[None]:
+    """PEFT on the default model is most of this module's time, and nothing runs beside it then."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
