@@ -151,12 +151,12 @@ def _named(what: str) -> Iterator[None]:
     except PrefixStoreError:
         raise
     except OSError as error:
-        reason = f"expected to {what}, got: {error.strerror or error}"
+        reason = f"expected to {what}, got: {error.strerror or type(error).__name__}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFullError(reason) from error
-        raise UnavailableError(reason) from error
+            raise StorageFullError(reason, detail=error) from error
+        raise UnavailableError(reason, detail=error) from error
     except Exception as error:  # an object store's library has errors of its own
-        raise UnavailableError(f"expected to {what}, got: {error}") from error
+        raise UnavailableError(f"expected to {what}, got: {type(error).__name__}", detail=error) from error
 
 
 def _fsync_folder(folder: str) -> None:

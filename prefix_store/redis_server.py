@@ -68,10 +68,10 @@ class RedisServer:
                 self._is_checked = True
             yield self._client
         except UNAVAILABLE as error:
-            raise UnavailableError(f"the registry in Redis cannot be reached: {error}") from error
+            raise UnavailableError("the registry in Redis cannot be reached", detail=error) from error
         except redis.ResponseError as error:
             if isinstance(error, redis.OutOfMemoryError) or str(error).startswith("MISCONF"):
-                raise StorageFullError(f"the registry in Redis cannot store more: {error}") from error
+                raise StorageFullError("the registry in Redis cannot store more", detail=error) from error
             raise
 
     def losses(self) -> dict[str, str]:

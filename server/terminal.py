@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-from prefix_store.errors import PrefixStoreError
+from prefix_store.errors import PrefixStoreError, in_full
 from server.client import ClientError
 from server.engine.errors import EngineError
 from server.errors import StartError
@@ -29,7 +29,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (StartError, PrefixStoreError, EngineError, ClientError, OSError) as error:
-        fail(str(error))
+        fail(in_full(error))
     except ValidationError as error:
         fail("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()))
 

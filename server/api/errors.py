@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -18,7 +19,7 @@ TGI_PATHS = ("/", "/generate", "/generate_stream")
 RETRY_S = 1
 MAX_MESSAGE = 1000  # characters; what a caller sent may stand in it
 OPENAI_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
-
+log = structlog.get_logger()
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -125,6 +126,8 @@ def install(app: FastAPI) -> None:
 
     async def known(request: Request, error: Exception) -> JSONResponse:
         status, headers = status_of(error), dict(getattr(error, "headers", {}))
+        if getattr(error, "detail", ""):
+            log.warning("refused", status=status, path=request.url.path, reason=store_errors.in_full(error))
         if status in (429, 503):
             headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
         param = getattr(error, "param", None)

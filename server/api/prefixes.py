@@ -59,7 +59,7 @@ async def download(state: State, caller: Asking, task: str, version: str) -> Res
     """Of the tenant's own tasks only, never of one that is shared with it."""
     caller.check_task(task)
     one = await asyncio.to_thread(state.store.get_version, caller.tenant.name, task, version)
-    body = await asyncio.to_thread(state.store.file_bytes, one)
+    body = await state.remotely(state.store.file_bytes, one)
     disposition = f'attachment; filename="{task}-{one.version}.safetensors"'
     headers = {"ETag": f'"{one.digest}"', "Content-Disposition": disposition}
     return Response(body, media_type="application/octet-stream", headers=headers)
@@ -80,10 +80,10 @@ async def activate(
     by = caller.author(request)
     if body.weights is not None:
         weights = {str(version): weight for version, weight in body.weights.items()}
-        found = await asyncio.to_thread(state.store.set_weights, tenant, name, weights, precondition, by=by)
+        found = await state.remotely(state.store.set_weights, tenant, name, weights, precondition, by=by)
     else:
         version = str(body.version)
-        found = await asyncio.to_thread(state.store.activate, tenant, name, version, precondition, by=by)
+        found = await state.remotely(state.store.activate, tenant, name, version, precondition, by=by)
     await state.sync_pins()
     return task_response(state, found)
 
@@ -104,7 +104,7 @@ async def share(request: Request, state: State, caller: Asking, task: str, body:
     name = _name(caller, task)
     if "*" in body.tenants:
         caller.check_scope("operator")
-    found = await asyncio.to_thread(
+    found = await state.remotely(
         state.store.share, caller.tenant.name, name, tuple(body.tenants), by=caller.author(request)
     )
     return task_response(state, found)
@@ -122,7 +122,7 @@ async def pin(request: Request, state: State, caller: Asking, task: str) -> Resp
         if num_bytes > limit:
             raise QuotaError(f"this tenant may pin {limit} bytes of device memory, with {name!r} it were {num_bytes}")
     await state.preload(version)
-    found = await asyncio.to_thread(state.store.set_pinned, tenant, name, True, by=caller.author(request))
+    found = await state.remotely(state.store.set_pinned, tenant, name, True, by=caller.author(request))
     await state.sync_pins()
     return task_response(state, found)
 
@@ -130,7 +130,7 @@ async def pin(request: Request, state: State, caller: Asking, task: str) -> Resp
 @router.post("/{task}/unpin", summary="Let it be evicted again")
 async def unpin(request: Request, state: State, caller: Asking, task: str) -> Response:
     name = _name(caller, task)
-    found = await asyncio.to_thread(state.store.set_pinned, caller.tenant.name, name, False, by=caller.author(request))
+    found = await state.remotely(state.store.set_pinned, caller.tenant.name, name, False, by=caller.author(request))
     await state.sync_pins()
     return task_response(state, found)
 
@@ -159,7 +159,7 @@ async def delete_task(
         return await delete_version(request, state, caller, name, version, if_match, if_none_match)
     caller.check_task(task)
     precondition = precondition_of(if_match, if_none_match)
-    gone = await asyncio.to_thread(
+    gone = await state.remotely(
         state.store.delete_task, caller.tenant.name, task, precondition, by=caller.author(request)
     )
     await state.sync_pins()
@@ -179,7 +179,7 @@ async def delete_version(
 ) -> Response:
     caller.check_task(task)
     precondition = precondition_of(if_match, if_none_match)
-    gone = await asyncio.to_thread(
+    gone = await state.remotely(
         state.store.delete_version, caller.tenant.name, task, version, precondition, by=caller.author(request)
     )
     await state.free((gone,))
@@ -188,7 +188,7 @@ async def delete_version(
 
 async def _set_enabled(request: Request, state: AppState, caller: Caller, task: str, *, is_enabled: bool) -> Response:
     name = _name(caller, task)
-    found = await asyncio.to_thread(
+    found = await state.remotely(
         state.store.set_enabled, caller.tenant.name, name, is_enabled, by=caller.author(request)
     )
     return task_response(state, found)

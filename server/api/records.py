@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import io
 from dataclasses import asdict, fields
@@ -31,7 +30,7 @@ async def audit(
     before: Annotated[int | None, Query(ge=1, lt=2**63, description="The last number of the page before.")] = None,
 ) -> dict[str, Any]:
     whose = _whose(caller, tenant)
-    entries = await asyncio.to_thread(state.registry.list_audit, whose, limit + 1, before)
+    entries = await state.remotely(state.registry.list_audit, whose, limit + 1, before)
     page = entries[:limit]
     return {
         "entries": [asdict(entry) for entry in page],
@@ -52,7 +51,7 @@ async def usage(
     if first_day is None and last_day is None:
         first_day = last_day = today()
     await state.meter.flush()
-    rows = await asyncio.to_thread(
+    rows = await state.remotely(
         state.registry.usage, _whose(caller, tenant), first_day or FIRST_DAY, last_day or LAST_DAY
     )
     if format == "json":

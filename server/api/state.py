@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ParamSpec, TypeVar
 
 import structlog
 from fastapi import Depends, Request
@@ -27,13 +27,16 @@ from server.api.metering import Meter
 from server.api.schemas import MAX_PARTS
 from server.api.warm_start import Label
 from server.config import Settings
-from server.engine.async_engine import AsyncEngine
+from server.engine.async_engine import NUM_WORKERS, AsyncEngine
 from server.engine.errors import EngineError
 from server.engine.sequence import Composition, PrefixRef
 from server.metrics import Metrics
 
 MAX_SESSION = 128  # characters of X-Session-Id
 MAX_LABELS = 4096
+MAX_REMOTE = NUM_WORKERS // 2  # threads that a hanging registry or hanging files may hold
+P = ParamSpec("P")
+T = TypeVar("T")
 DRAIN_RETRY_S = 5
 log = structlog.get_logger()
 
@@ -94,6 +97,7 @@ class AppState:
     is_registry_seen: bool = False
     num_active: int = 0
     uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    _remote: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_REMOTE))
     _request_ids: itertools.count[int] = field(default_factory=itertools.count)
     _pinned: dict[str, PrefixRef] = field(default_factory=dict)
     _pinning: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -148,9 +152,15 @@ class AppState:
         while len(self.labels) > MAX_LABELS:
             self.labels.popitem(last=False)
 
+    async def remotely(self, function: Callable[P, T], *args: P.args, **given: P.kwargs) -> T:
+        """Call in a thread what waits for a shared registry or for files elsewhere, so few at once that look-ups, which
+        do not, find a thread while these hang."""
+        async with self._remote:
+            return await asyncio.to_thread(function, *args, **given)
+
     async def quarantine(self, version: Version) -> None:
         """Take a version that fails out of service, where another can take its place."""
-        changed = await asyncio.to_thread(self.store.quarantine, version.tenant, version.task, version.version)
+        changed = await self.remotely(self.store.quarantine, version.tenant, version.task, version.version)
         if changed is None:
             return
         log.warning("version_quarantined", tenant=version.tenant, task=version.task, version=version.version)
@@ -199,7 +209,7 @@ class AppState:
         """Its content may be published again meanwhile: then it stays."""
         while self.engine.residency(ref.key) != "cold":
             with suppress(UnavailableError):  # it is asked again
-                if await asyncio.to_thread(self.store.has_file, ref.tenant_id, ref.digest):
+                if await self.remotely(self.store.has_file, ref.tenant_id, ref.digest):
                     return
                 if await self.engine.evict(ref.key):
                     return

@@ -64,7 +64,7 @@ async def get_tenant(state: State, caller: Asking, name: str) -> dict[str, Any]:
 @router.delete("/{name}", summary="Delete a tenant with its keys, tasks and files", status_code=204)
 async def delete_tenant(request: Request, state: State, caller: Asking, name: str) -> Response:
     await _visible(state, caller, name)
-    gone = await asyncio.to_thread(state.store.delete_tenant, name, by=caller.author(request))
+    gone = await state.remotely(state.store.delete_tenant, name, by=caller.author(request))
     await asyncio.to_thread(state.keys.refresh)
     await state.sync_pins()
     await state.free(gone)
@@ -130,7 +130,7 @@ async def _change(
     change: Callable[[Tenant | None], Tenant],
     record: Callable[[Tenant | None], Iterable[AuditEntry]],
 ) -> Tenant:
-    made = await asyncio.to_thread(state.registry.update_tenant, name, change, record)
+    made = await state.remotely(state.registry.update_tenant, name, change, record)
     assert made is not None
     await asyncio.to_thread(state.keys.refresh)
     return made

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from prefix_store.errors import in_full
 from prefix_store.prefix import Prefix
 from server.engine.batch import batch_of
 from server.engine.cached_blocks import CachedBlocks
@@ -277,6 +278,7 @@ class Engine:
                 raise ValueError(f"expected {resident.ref.layout}, got {prefix.layout}")
             self.runner.load(prefix, resident)
         except Exception as error:  # whatever it is, it is this prefix's failure and must reach those who wait
+            log.warning("prefix_not_loaded", key=resident.ref.key[:80], reason=in_full(error)[:300])
             self._finished_loads.put((resident, error))
         else:
             self._finished_loads.put((resident, None))

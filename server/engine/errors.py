@@ -7,6 +7,7 @@ EngineError
  |   +- QueueTimeoutError  waited longer than the queue allows
  |   +- PinnedRoomError    pinned prefixes leave no room for this one
  +- TenantBusyError        the tenant has all that it may at once; try again after `retry_after_s`
+ |   +- TenantPinnedError    device memory: its own pinned prefixes leave no room for this one
  |   +- TenantQueueFullError   queue places
  |   +- TenantQueueTimeoutError  rows: it waited for its own longer than the queue allows
  +- PrefixLoadError        the prefix could not be made resident
@@ -48,6 +49,10 @@ class TenantBusyError(EngineError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TenantPinnedError(TenantBusyError):
+    pass
 
 
 class TenantQueueFullError(TenantBusyError):

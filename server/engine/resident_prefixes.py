@@ -92,7 +92,8 @@ class ResidentPrefixes:
         """Start loading what is cold of `refs` if there is room for all. True: they are resident or on their way.
 
         Raises PrefixLoadError or PrefixAwayError while a failed load is remembered, PrefixFaultError if they can never
-        fit together, or not within their tenant's limit, PinnedRoomError if they cannot beside what is pinned.
+        fit together, or not within their tenant's limit, PinnedRoomError if they cannot beside what is pinned, or
+        TenantPinnedError if that is what the asking tenant pinned itself.
         """
         self.begin_step()
         return self._start_loads(refs, asked_by)
@@ -224,7 +225,7 @@ class ResidentPrefixes:
             failure = self.failure(ref.key)
             if failure is not None:
                 raise failure
-        self._check_fit(wanted)
+        self._check_fit(wanted, asked_by)
         self._shares.touch(ref.tenant_id for ref in cold)
         if not self._make_room(wanted):
             return False
@@ -236,7 +237,7 @@ class ResidentPrefixes:
             self._start_load(resident)
         return True
 
-    def _check_fit(self, wanted: Mapping[str, PrefixRef]) -> None:
+    def _check_fit(self, wanted: Mapping[str, PrefixRef], asked_by: str) -> None:
         """Could they be resident together, once nobody holds anything else?"""
         by_tenant = self._num_blocks_by_tenant(wanted.values())
         needed, num_blocks = by_tenant.total(), self._allocator.num_blocks
@@ -247,7 +248,7 @@ class ResidentPrefixes:
         )
         if needed > num_blocks - pinned.total():  # how many those of others are is not this tenant's business
             raise PinnedRoomError(f"{len(wanted)} prefixes need {needed} blocks, more than pinned ones leave")
-        self._shares.check_limits(by_tenant, pinned)
+        self._shares.check_limits(by_tenant, pinned, asked_by)
 
     def _num_blocks_by_tenant(self, refs: Iterable[PrefixRef]) -> Counter[str]:
         found: Counter[str] = Counter()

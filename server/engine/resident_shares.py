@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from server.engine.errors import PinnedRoomError, PrefixFaultError
+from server.engine.errors import PinnedRoomError, PrefixFaultError, TenantPinnedError
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.tenant_policy import TenantPolicies
 
@@ -72,18 +72,17 @@ class ResidentShares:
         if not self._num_idle[tenant_id]:
             del self._num_idle[tenant_id]
 
-    def check_limits(self, needed: Mapping[str, int], pinned: Counter[str]) -> None:
+    def check_limits(self, needed: Mapping[str, int], pinned: Counter[str], asked_by: str) -> None:
         """Blocks by tenant that a request needs, beside others that are pinned. Raises PrefixFaultError for more than a
-        tenant may ever have, PinnedRoomError for more than the pinned ones leave. Without that tenant's figures: who
-        asks may be another, with whom it shares a task."""
+        tenant may ever have; for more than the pinned ones leave TenantPinnedError if these are the asking tenant's,
+        else PinnedRoomError. Without the limit: who asks may be another tenant, with whom it shares a task."""
         for tenant_id, num_blocks in needed.items():
             num_bytes, limit = num_blocks * self._block_bytes, self._max_bytes(tenant_id)
             if num_bytes > limit:
                 raise PrefixFaultError(f"a request's prefixes need {num_bytes} bytes, more than their tenant may have")
             if num_bytes > limit - pinned[tenant_id] * self._block_bytes:
-                raise PinnedRoomError(
-                    f"a request's prefixes need {num_bytes} bytes, more than their tenant's pinned ones leave"
-                )
+                kind = TenantPinnedError if tenant_id == asked_by else PinnedRoomError
+                raise kind(f"a request's prefixes need {num_bytes} bytes, more than their tenant's pinned ones leave")
 
     def has_room(self, need: Need, num_free: int) -> bool:
         """Whether it fits as it is."""

@@ -202,4 +202,4 @@ def test_start_on_a_disk_that_can_only_be_read_is_refused_in_a_line(
     options = ["--redis-url", redis_url] if redis_url else []
     done = CliRunner().invoke(app, ["serve", "--data-dir", str(disk.path), "--model", str(model_path), *options])
     assert (done.exit_code, done.output.count("\n")) == (1, 1)
-    assert "expected to read and write it, got: unable to open database file" in done.output
+    assert "expected to read and write the registry, got: unable to open database file" in done.output

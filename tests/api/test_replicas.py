@@ -101,7 +101,7 @@ def test_without_redis_known_tasks_answer_and_uploads_wait(
                 assert [version(served, "t") for _ in range(3)] == ["1"] * 3
         eventually(lambda: one.http.get("/readyz").json()["registry"] == "degraded")
         refused = one.put("t", native(2))
-        assert refused.status_code == 503
+        assert (refused.status_code, "127.0.0.1" in refused.text) == (503, False)
         assert int(refused.headers["Retry-After"]) >= 1
         assert tenant.generate(PROMPT, max_new_tokens=1).status_code == 200
         with replica(tmp_path, redis, model_path, "other") as other:  # it starts from what is on its disk
@@ -116,11 +116,11 @@ def test_without_redis_known_tasks_answer_and_uploads_wait(
 def test_known_tasks_answer_at_once_while_changes_wait_for_a_hanging_redis(
     redis: RedisProcess, model_path: Path, tmp_path: Path
 ) -> None:
-    with replica(tmp_path, redis, model_path, "one") as one, ThreadPoolExecutor(12) as others:
+    with replica(tmp_path, redis, model_path, "one") as one, ThreadPoolExecutor(64) as others:
         assert one.put("t", native(1)).status_code == 201
         redis.stop()
         started_s = time.monotonic()
-        waiting = [others.submit(one.http.post, "/v1/prefixes/t/activate", json={"version": "1"}) for _ in range(12)]
+        waiting = [others.submit(one.http.post, "/v1/prefixes/t/activate", json={"version": "1"}) for _ in range(64)]
         time.sleep(0.2)
         assert version(one, "t") == "1"
         assert time.monotonic() - started_s < 1.5

@@ -31,11 +31,13 @@ def test_files_away_are_nobodys_fault(s3: S3Process, on_s3: Served) -> None:
         refused = on_s3.generate(PROMPT, "cold")
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "10")
         assert "expected to read the file of" in refused.json()["error"]
+        assert "127.0.0.1" not in refused.text
     assert on_s3.generate(PROMPT, "warm").json() == known
     found = on_s3.http.get("/v1/prefixes/cold").json()
     assert (found["active"], found["quarantined"]) == (2, [])
     upload = on_s3.put("new", native(4))
     assert (upload.status_code, "Retry-After" in upload.headers) == (503, True)
     assert "expected to store a file of" in upload.json()["detail"]
+    assert "127.0.0.1" not in upload.text
     assert on_s3.http.get("/v1/prefixes/new").status_code == 404
     assert on_s3.http.get("/readyz").status_code == 200

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from server.engine import recent_evictions, resident_shares
-from server.engine.errors import PinnedRoomError, PrefixFaultError, PrefixLoadError
+from server.engine.errors import PinnedRoomError, PrefixFaultError, PrefixLoadError, TenantPinnedError
 from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.resident_prefixes import ResidentPrefixes
@@ -186,10 +186,11 @@ def test_a_request_beyond_its_tenants_limit_fails_with_the_reason(model: Any) ->
     assert tenants.engine.residents.preload(a[:2])
     for ref in a[:2]:
         tenants.engine.residents.pin(ref.key)
-    tenants.add("a", (a[2],))
-    (failed,) = tenants.step()
-    assert isinstance(failed.error, PinnedRoomError)
-    assert "more than their tenant's pinned ones leave" in str(failed.error)
+    for asked_by, kind in (("a", TenantPinnedError), ("b", PinnedRoomError)):
+        tenants.add(asked_by, (a[2],))
+        (failed,) = tenants.step()
+        assert type(failed.error) is kind
+        assert "more than their tenant's pinned ones leave" in str(failed.error)
 
 
 def test_equal_content_of_two_tenants_is_two_prefixes(model: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from prefix_store.errors import UnavailableError
+from prefix_store.errors import UnavailableError, in_full
 from prefix_store.mirror import Mirror
 from prefix_store.prefix import Layout
 from prefix_store.redis_registry import RedisRegistry
@@ -59,17 +59,19 @@ def test_a_user_of_an_access_list_may(process: RedisProcess) -> None:
 
 def test_a_wrong_password_is_told_of_but_not_told(process: RedisProcess) -> None:
     registry = RedisRegistry(process.url.replace(PASSWORD, WRONG))
-    with pytest.raises(UnavailableError, match="invalid username-password pair") as caught:
+    with pytest.raises(UnavailableError) as caught:
         registry.revisions()
-    assert WRONG not in str(caught.value)
+    assert "invalid username-password pair" in in_full(caught.value)
+    assert WRONG not in in_full(caught.value)
     registry.close()
 
 
 def test_another_authority_is_refused(process: RedisProcess, tmp_path: Path) -> None:
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
     registry = RedisRegistry(process.url.partition("?")[0] + f"?ssl_ca_certs={tmp_path}/other.pem")
-    with pytest.raises(UnavailableError, match="certificate verify failed"):
+    with pytest.raises(UnavailableError) as caught:
         registry.revisions()
+    assert "certificate verify failed" in in_full(caught.value)
     registry.close()
 
 
