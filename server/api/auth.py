@@ -15,7 +15,17 @@ from fastapi import Depends, Request
 
 from prefix_store.audit import Author
 from prefix_store.registry import Registry
-from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, OPERATOR_SCOPES, SCOPES, Key, Tenant, is_key, key_digest
+from prefix_store.tenants import (
+    DEFAULT,
+    DEFAULT_TENANT,
+    OPERATOR_SCOPES,
+    SCOPES,
+    Key,
+    Limits,
+    Tenant,
+    is_key,
+    key_digest,
+)
 from server.api.errors import RequestError
 from server.errors import StartError
 
@@ -24,7 +34,8 @@ MIN_OPERATOR_KEY = 32  # characters
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 ANY = "any"  # whatever scope of a tenant
 GENERATING = r"/|/generate|/generate_stream|/v1/completions|/v1/chat/completions"
-# The first that matches decides. What matches none needs any scope of a tenant: the router says that it is not there.
+# The first that matches decides. Of a path that matches none the router says to any key that it is not there; a route
+# that matches none is an operator's.
 RULES = tuple(
     (frozenset(methods.split()), re.compile(path), scope)
     for methods, path, scope in (
@@ -36,16 +47,17 @@ RULES = tuple(
         ("GET", r"/v1/tenants/[^/]*|/v1/audit|/v1/usage", "admin"),
         ("POST DELETE", r"/v1/tenants/[^/]*/keys(/.*)?", "admin"),
         ("GET PUT POST DELETE", r"/v1/tenants.*", "operator"),
+        ("GET", r"/info|/v1/models(/.*)?|/v1/prefixes(/.*)?", ANY),
     )
 )
 
 
-def needed_scope(method: str, path: str) -> str | None:
-    """None: public."""
+def needed_scope(method: str, path: str, *, otherwise: str = ANY) -> str | None:
+    """None: public; `otherwise` where no rule matches."""
     if path in PUBLIC:
         return None
     method = "GET" if method == "HEAD" else method
-    return next((scope for methods, rule, scope in RULES if method in methods and rule.fullmatch(path)), ANY)
+    return next((scope for methods, rule, scope in RULES if method in methods and rule.fullmatch(path)), otherwise)
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,10 @@ class KeyRing:
     def tenants(self) -> dict[str, Tenant]:
         return self._seen.tenants
 
+    def limits(self, tenant: str) -> Limits:
+        """Of one that is not there, a new one's."""
+        return self._seen.tenants.get(tenant, Tenant(tenant)).limits
+
     def caller(self, authorization: str | None) -> Caller:
         """Raises RequestError 401 for a key that is missing, unknown or expired, 403 for a suspended tenant."""
         seen = self._seen
@@ -177,6 +193,13 @@ async def caller_of(request: Request) -> Caller:
     caller = request.state.caller
     assert isinstance(caller, Caller)
     return caller
+
+
+async def check_scope_of_route(request: Request) -> None:
+    """By the route's own path: whatever the router took for it, the scope is the route's. Raises RequestError 403."""
+    needed = needed_scope(request.method, request.scope["route"].path, otherwise="operator")
+    if needed is not None:
+        (await caller_of(request)).check_scope(needed)
 
 
 Asking = Annotated[Caller, Depends(caller_of)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from contextlib import suppress
 from urllib.parse import parse_qsl, urlsplit
 
 import structlog
@@ -92,6 +93,8 @@ class Gate:
     def _check(self, scope: Scope, headers: Headers, max_bytes: int) -> None:
         """Raises RequestError."""
         method, path = scope["method"], scope["path"]
+        if not path.isprintable():  # a router's "$" matches before a newline, no rule does
+            raise RequestError(400, f"a path must be of printable characters, got {path[:100]!r}")
         if self._state.keys.is_open:
             _check_loopback(method, headers)
         for key, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
@@ -126,6 +129,10 @@ def _check_loopback(method: str, headers: Headers) -> None:
     name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host
     if not is_loopback(name):
         raise RequestError(403, f"Host must be a loopback name while no keys are configured, got {host[:100]!r}")
-    origin = urlsplit(headers.get("origin", "")).hostname
-    if method not in SAFE_METHODS and "origin" in headers and not (origin and is_loopback(origin)):
+    if method in SAFE_METHODS or "origin" not in headers:
+        return
+    origin = None
+    with suppress(ValueError):  # as of http://[
+        origin = urlsplit(headers["origin"]).hostname
+    if not (origin and is_loopback(origin)):
         raise RequestError(403, f"Origin must be this machine, got {headers['origin'][:100]!r}")

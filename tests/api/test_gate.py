@@ -43,6 +43,8 @@ def test_other_hosts_are_refused(served: Served, host: str) -> None:
 def test_page_of_another_origin_is_refused(served: Served) -> None:
     response = served.http.post("/v1/prefixes/films/pin", headers={"Origin": "https://evil.example"})
     assert response.status_code == 403
+    for origin in ("http://[", "null", ""):
+        assert served.http.post("/generate", json=BODY, headers={"Origin": origin}).status_code == 403
     assert served.http.post("/generate", json=BODY, headers={"Origin": "http://localhost:3000"}).status_code == 200
 
 
