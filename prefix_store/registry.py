@@ -12,11 +12,12 @@ from prefix_store.buckets import Taken
 from prefix_store.draft import Draft, Stored
 from prefix_store.errors import ConflictError, NotFoundError
 from prefix_store.task import Task, Version
-from prefix_store.task_changes import delete_all
+from prefix_store.task_changes import delete_all, end_share
 from prefix_store.tenants import DEFAULT_TENANT, Tenant, check_tenant_name
 from prefix_store.usage import Usage
 
 T = TypeVar("T")
+PAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,25 @@ class Registry(Protocol):
         ...
 
     def delete_tenant(self, name: str, *, by: Author) -> list[Version]:
-        """The tenant goes with its keys and tasks, not with its files; the versions that it had. Where this is cut off
-        a suspended tenant is left, which the audit has as deleted, and it can be called again. Raises NotFoundError,
-        InvalidTenantError, ConflictError for `default`."""
+        """The tenant goes with its keys and tasks, not with its files, and nothing is shared with it any more; the
+        versions that it had. Where this is cut off a suspended tenant is left, which the audit has as deleted, and it
+        can be called again. Raises NotFoundError, InvalidTenantError, ConflictError for `default`."""
         if check_tenant_name(name) == DEFAULT_TENANT:
             raise ConflictError(f"tenant {DEFAULT_TENANT!r} cannot be deleted")
         self.update_tenant(name, partial(_suspended, name), lambda _: [by.entry(name, "delete-tenant", name)])
+        self._end_shares(name, by)
         gone = self.change(name, delete_all)
         self.update_tenant(name, lambda _: None)
         gone += self.change(name, delete_all)  # what uploads brought that had been let in before
         return [version for task in gone for version in task.versions]
+
+    def _end_shares(self, name: str, by: Author) -> None:
+        after = ""
+        while found := self.list_shared(name, PAGE, after):
+            for task in found:
+                if name in task.shared_with:
+                    self.change(task.tenant, partial(end_share, name=task.name, tenant=name), by=by)
+            after = f"{found[-1].tenant}/{found[-1].name}"
 
     def tenants_revision(self) -> int:
         """Rises with every change of any tenant."""

@@ -119,6 +119,15 @@ def share(draft: Draft, name: str, tenants: Iterable[str], precondition: Precond
     return _put(draft, task, replace(task, shared_with=tuple(wanted)))
 
 
+def end_share(draft: Draft, name: str, tenant: str) -> None:
+    """Of a tenant that goes; the task may have gone before."""
+    task = draft.get(name)
+    if task is not None and tenant in task.shared_with:
+        wanted = tuple(each for each in task.shared_with if each != tenant)
+        draft.record("share", f"{name} with {', '.join(wanted) or 'nobody'}")
+        draft.put(replace(task, shared_with=wanted))
+
+
 def quarantine(draft: Draft, name: str, version: int) -> Task | None:
     """Take a version that failed out of service: its traffic goes to the remaining weights, else to the previous
     version. It stays in service where there is neither. None: it was quarantined before. Raises NotFoundError."""

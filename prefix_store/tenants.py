@@ -120,6 +120,20 @@ class Tenant:
 DEFAULT = Tenant(DEFAULT_TENANT, Limits(max_pinned_bytes=None))
 
 
+def new_tenant(name: str) -> Tenant:
+    """As it is before anything was set. Raises InvalidTenantError."""
+    return DEFAULT if check_tenant_name(name) == DEFAULT_TENANT else Tenant(name)
+
+
+def known_tenant(name: str, found: Tenant | None) -> Tenant:
+    """What the registry has of it; `default` is a tenant also before it has any of it. Raises NotFoundError."""
+    if found is not None:
+        return found
+    if name != DEFAULT_TENANT:
+        raise NotFoundError(f"no tenant {name[:80]!r}")
+    return DEFAULT
+
+
 def is_tenant_name(text: str) -> bool:
     return TASK.fullmatch(text) is not None
 

@@ -12,9 +12,9 @@ from server.config import Settings
 LOCAL = "http://127.0.0.1:8000"
 
 
-def option(name: str, text: str | None = None) -> Any:
+def option(name: str, text: str | None = None, *, min: float | None = None) -> Any:
     """`--name`, also from `PREFIXSERVE_NAME`."""
-    return typer.Option(f"--{name}", envvar=f"PREFIXSERVE_{name.upper().replace('-', '_')}", help=text)
+    return typer.Option(f"--{name}", envvar=f"PREFIXSERVE_{name.upper().replace('-', '_')}", help=text, min=min)
 
 
 Url = Annotated[str, option("url", "The server.")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.config import Settings
-from server.options import AsJson, DataDir, RedisUrl
+from server.options import AsJson, DataDir, RedisUrl, option
 from server.terminal import console, plain_errors, print_json, print_table, show
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Tenants, their keys and limits, in the registry itself.")
 Given = Annotated[
     list[str] | None,
-    typer.Option("--limit", help="NAME=NUMBER as weight=2 or tokens_per_minute=60000; NAME=none: without. Repeatable."),
+    option("limit", "NAME=NUMBER as weight=2 or tokens_per_minute=60000; NAME=none: without. Repeatable."),
 ]
 
 
@@ -33,11 +33,10 @@ def create(
 ) -> None:
     """Make a tenant; its key stands alone on the last line. One that is there stays as it is."""
     with plain_errors():
-        from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, SCOPES, Tenant, check_tenant_name, new_key
+        from prefix_store.tenants import SCOPES, new_key, new_tenant
 
-        check_tenant_name(name)
         text, key = new_key(SCOPES, time.time())
-        made = DEFAULT if name == DEFAULT_TENANT else Tenant(name)
+        made = new_tenant(name)
         limits = _limits(made.limits, limit or [])
 
         def change(found: Tenant | None) -> Tenant:
@@ -79,9 +78,10 @@ def limits(
 ) -> None:
     """Show a tenant's limits, or set those that are given."""
     with plain_errors():
+        from prefix_store.tenants import known_tenant
 
         def change(found: Tenant | None) -> Tenant:
-            tenant = _present(found, name)
+            tenant = known_tenant(name, found)
             return replace(tenant, limits=_limits(tenant.limits, limit or []))
 
         tenant = _change(_open(data_dir, redis_url), name, change, lambda _: "set-limits" if limit else None)
@@ -91,20 +91,20 @@ def limits(
 @app.command()
 def rotate(
     name: str,
-    overlap_s: Annotated[float, typer.Option(min=0, help="How long the keys before go on working.")] = 3600.0,
+    overlap_s: Annotated[float, option("overlap-s", "How long the keys before go on working.", min=0)] = 3600.0,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a key with a tenant's four scopes, alone on the last line; its keys before end after the overlap."""
     with plain_errors():
-        from prefix_store.tenants import SCOPES, new_key
+        from prefix_store.tenants import SCOPES, known_tenant, new_key
 
         now_s = time.time()
         text, key = new_key(SCOPES, now_s)
 
         def change(found: Tenant | None) -> Tenant:
-            tenant = _present(found, name)
+            tenant = known_tenant(name, found)
             return tenant.with_expiry([each.id for each in tenant.keys], now_s + overlap_s).with_key(key, now_s)
 
         tenant = _change(_open(data_dir, redis_url), name, change, lambda _: "rotate-keys")
@@ -118,31 +118,35 @@ def rotate(
 @app.command()
 def suspend(
     name: str,
-    undo: Annotated[bool, typer.Option("--undo", help="Take its keys again.")] = False,
+    undo: Annotated[bool, option("undo", "Take its keys again.")] = False,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Refuse all keys of a tenant."""
     with plain_errors():
+        from prefix_store.tenants import known_tenant
+
         tenant = _change(
             _open(data_dir, redis_url),
             name,
-            lambda found: replace(_present(found, name), is_suspended=not undo),
+            lambda found: replace(known_tenant(name, found), is_suspended=not undo),
             lambda _: "resume" if undo else "suspend",
         )
         show(tenant.described(), as_json)
 
 
 @app.command()
-def rm(name: str, data_dir: DataDir = None, redis_url: RedisUrl = None) -> None:
+def rm(name: str, data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: AsJson = False) -> None:
     """Delete a tenant with its keys and tasks. Its files go when a server starts on this folder next."""
     with plain_errors():
         registry = _open(data_dir, redis_url)
         try:
-            registry.delete_tenant(name, by=_author())
+            gone = registry.delete_tenant(name, by=_author())
         finally:
             registry.close()
+        if as_json:
+            print_json({"name": name, "num_versions": len(gone)})
 
 
 def _open(data_dir: Path | None, redis_url: str | None) -> Registry:
@@ -182,14 +186,6 @@ def _author() -> Author:
     from prefix_store.audit import Author
 
     return Author("cli")
-
-
-def _present(found: Tenant | None, name: str) -> Tenant:
-    from prefix_store.errors import NotFoundError
-
-    if found is None:
-        raise NotFoundError(f"no tenant {name[:80]!r}")
-    return found
 
 
 def _limits(before: Limits, given: list[str]) -> Limits:

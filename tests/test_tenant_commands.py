@@ -84,10 +84,23 @@ def test_limits_suspension_rotation_and_removal_are_seen(keyed: Served, commands
     second = keyed.as_key(commands.json("rotate", "turned", "--overlap-s", "0")["key"])
     assert within_a_second(lambda: (status(tenant), status(second)) == (401, 200))
     assert "turned" in [each["name"] for each in commands.json("list")]
-    assert commands.run("rm", "turned").exit_code == 0
+    assert commands.json("rm", "turned") == {"name": "turned", "num_versions": 0}
     assert within_a_second(lambda: status(second) == 401)
     actions = [e["action"] for e in keyed.http.get("/v1/audit", params={"tenant": "turned"}).json()["entries"]]
     assert actions == ["delete-tenant", "rotate-keys", "resume", "suspend", "set-limits", "create-tenant"]
+
+
+def test_every_option_is_a_variable_too_and_default_is_a_tenant(keyed: Served, commands: Commands) -> None:
+    env = {"PREFIXSERVE_DATA_DIR": commands.data_dir, "PREFIXSERVE_JSON": "1"}
+    limit = env | {"PREFIXSERVE_LIMIT": "weight=2 max_rows=5"}
+    shown = json.loads(CliRunner().invoke(app, ["tenant", "limits", "default"], env=limit).stdout)
+    assert (shown["weight"], shown["max_rows"], shown["max_pinned_bytes"]) == (2, 5, None)
+    for undo, is_suspended in (("0", True), ("1", False)):
+        done = CliRunner().invoke(app, ["tenant", "suspend", "default"], env=env | {"PREFIXSERVE_UNDO": undo})
+        assert json.loads(done.stdout)["suspended"] is is_suspended
+    refused = CliRunner().invoke(app, ["tenant", "rotate", "default"], env=env | {"PREFIXSERVE_OVERLAP_S": "-1"})
+    assert refused.exit_code == 2
+    assert commands.run("limits", "default", "--limit", "weight=1", "--limit", "max_rows=none").exit_code == 0
 
 
 def test_usage_is_shown_with_the_servers_key(keyed: Served, commands: Commands) -> None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from prefix_store.errors import QuotaError
+from prefix_store.task import Task
 from server.api.auth import Asking, Caller
 from server.api.errors import PROBLEMS, RequestError
 from server.api.manifests import described, manifest, task_response
@@ -26,12 +27,18 @@ async def list_tasks(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str, Query(max_length=64, description="The last name of the page before.")] = "",
 ) -> dict[str, Any]:
-    """The tenant's own. A key with task patterns sees those that it may use; a page may then be short."""
-    tasks = await asyncio.to_thread(state.store.list_tasks, caller.tenant.name, limit + 1, after)
-    page = tasks[:limit]
+    """The tenant's own. A key with task patterns sees those that it may use."""
+    found: list[Task] = []
+    while len(found) <= limit:
+        tasks = await asyncio.to_thread(state.store.list_tasks, caller.tenant.name, limit + 1, after)
+        found += [task for task in tasks if caller.allows_task(task.name)]
+        if len(tasks) <= limit:
+            break
+        after = tasks[-1].name
+    page = found[:limit]
     return {
-        "prefixes": [described(state, task) for task in page if caller.allows_task(task.name)],
-        "next": page[-1].name if len(tasks) > limit else None,
+        "prefixes": [described(state, task) for task in page],
+        "next": page[-1].name if len(found) > limit else None,
     }
 
 

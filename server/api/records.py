@@ -7,7 +7,7 @@ import io
 from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import JSONResponse, Response
 
 from prefix_store.usage import FIRST_DAY, LAST_DAY, Usage
@@ -45,7 +45,8 @@ async def usage(
     tenant: Name = None,
     first_day: Day = None,
     last_day: Day = None,
-    format: Annotated[Literal["json", "csv"], Query()] = "json",
+    format: Annotated[Literal["json", "csv"] | None, Query(description="None: as Accept has it.")] = None,
+    accept: Annotated[str, Header(max_length=1000)] = "",
 ) -> Response:
     """From `first_day` to `last_day`, both included; neither: today. Up to some seconds ago."""
     if first_day is None and last_day is None:
@@ -54,7 +55,7 @@ async def usage(
     rows = await state.remotely(
         state.registry.usage, _whose(caller, tenant), first_day or FIRST_DAY, last_day or LAST_DAY
     )
-    if format == "json":
+    if format == "json" or (format is None and "text/csv" not in accept):
         return JSONResponse({"usage": [asdict(row) for row in rows]})
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Usage)])

@@ -177,10 +177,10 @@ class AppState:
         log.info("ready", model=self.model_name, host=self.settings.host, port=self.settings.port)
 
     async def sync_pins(self) -> None:
-        """Hold exactly the active versions of pinned tasks."""
+        """Hold exactly the active versions of pinned tasks, of each tenant as many as it may."""
         async with self._pinning:
             versions = await asyncio.to_thread(self.store.pinned_versions)
-            wanted = {ref.key: ref for version in versions for ref in refs_of(version)}
+            wanted = {ref.key: ref for version in self._pinnable(versions) for ref in refs_of(version)}
             for key in set(self._pinned) - set(wanted):
                 await self.engine.unpin(self._pinned.pop(key))
             for key in set(wanted) - set(self._pinned):
@@ -190,6 +190,17 @@ class AppState:
                     log.warning("pin_failed", key=key[:80], reason=str(error))
                 else:
                     self._pinned[key] = wanted[key]
+
+    def _pinnable(self, versions: Iterable[Version]) -> list[Version]:
+        """A task pinned within its tenant's limit may have a larger version now, or the limit be a lower one."""
+        found: dict[str, list[Version]] = {}
+        for version in versions:
+            own, limit = found.setdefault(version.tenant, []), self.keys.limits(version.tenant).max_pinned_bytes
+            if limit is None or self.device_bytes([*own, version], resident=False) <= limit:
+                own.append(version)
+            else:
+                log.warning("not_pinned_beyond_limit", tenant=version.tenant, task=version.task, limit=limit)
+        return [version for own in found.values() for version in own]
 
     async def free(self, versions: Iterable[Version]) -> None:
         """Give back the device memory of deleted versions, of those in use when their last row has finished. An

@@ -13,11 +13,11 @@ from fastapi.responses import JSONResponse
 
 from prefix_store.audit import AuditEntry
 from prefix_store.errors import NotFoundError
-from prefix_store.tenants import DEFAULT, DEFAULT_TENANT, SCOPES, Limits, Tenant, check_tenant_name, new_key
+from prefix_store.tenants import SCOPES, Key, Limits, Tenant, known_tenant, new_key, new_tenant
 from server.api.auth import Asking, Caller
 from server.api.errors import PROBLEMS, RequestError, also
 from server.api.state import AppState, State
-from server.api.tenant_schemas import KeyRequest, TenantRequest
+from server.api.tenant_schemas import KeyRequest, LimitsModel, TenantRequest
 
 router = APIRouter(prefix="/v1/tenants", tags=["tenants"], responses=PROBLEMS)
 NOT_STORED = {"Cache-Control": "no-store"}  # answers with a key's text
@@ -28,15 +28,14 @@ async def put_tenant(
     request: Request, state: State, caller: Asking, name: str, body: TenantRequest | None = None
 ) -> Response:
     """201 with the first key of a new tenant, 200 for one that is there. Limits that are given replace all."""
-    check_tenant_name(name)
-    limits = None if body is None or body.limits is None else Limits(**body.limits.model_dump())
+    new = new_tenant(name)
+    limits = None if body is None or body.limits is None else _limits(new.limits, body.limits)
     text, key = new_key(SCOPES, time.time())
 
     def change(found: Tenant | None) -> Tenant:
         if found is not None:
             return found if limits is None else replace(found, limits=limits)
-        made = DEFAULT if name == DEFAULT_TENANT else Tenant(name)
-        return replace(made, limits=limits or made.limits, keys=(key,))
+        return replace(new, limits=limits or new.limits, keys=(key,))
 
     by = caller.author(request)
 
@@ -90,16 +89,17 @@ async def make_key(request: Request, state: State, caller: Asking, name: str, bo
     scopes = body.scopes or (old.scopes if old else SCOPES)
     tasks = body.tasks if body.tasks is not None else (old.tasks if old else ())
     _check_grant(caller, scopes, tasks)
+    if old is not None:
+        _check_hold(caller, old)
     now_s = time.time()
     expires_at_s = None if body.expires_in_s is None else now_s + body.expires_in_s
     text, key = new_key(scopes, now_s, tasks=tasks, expires_at_s=expires_at_s)
 
     def change(found: Tenant | None) -> Tenant:
-        if found is None:
-            raise _no_tenant(name)
+        tenant = known_tenant(name, found)
         if old is not None:
-            found = found.with_expiry([found.key(old.id).id], now_s + body.overlap_s)
-        return found.with_key(key, now_s)
+            tenant = tenant.with_expiry([tenant.key(old.id).id], now_s + body.overlap_s)
+        return tenant.with_key(key, now_s)
 
     by = caller.author(request)
     entries = [by.entry(name, "make-key", key.id)]
@@ -112,12 +112,10 @@ async def make_key(request: Request, state: State, caller: Asking, name: str, bo
 
 @router.delete("/{name}/keys/{key_id}", summary="End a key at once", status_code=204)
 async def delete_key(request: Request, state: State, caller: Asking, name: str, key_id: str) -> Response:
-    await _visible(state, caller, name)
+    _check_hold(caller, (await _visible(state, caller, name)).key(key_id))
 
     def change(found: Tenant | None) -> Tenant:
-        if found is None:
-            raise _no_tenant(name)
-        return found.without_key(key_id)
+        return known_tenant(name, found).without_key(key_id)
 
     entry = caller.author(request).entry(name, "delete-key", key_id)
     await _change(state, name, change, lambda _: [entry])
@@ -140,9 +138,7 @@ async def _set_suspended(
     request: Request, state: AppState, caller: Caller, name: str, *, is_suspended: bool
 ) -> dict[str, Any]:
     def change(found: Tenant | None) -> Tenant:
-        if found is None:
-            raise _no_tenant(name)
-        return replace(found, is_suspended=is_suspended)
+        return replace(known_tenant(name, found), is_suspended=is_suspended)
 
     entry = caller.author(request).entry(name, "suspend" if is_suspended else "resume", name)
     made = await _change(state, name, change, lambda _: [entry])
@@ -151,18 +147,20 @@ async def _set_suspended(
 
 async def _visible(state: AppState, caller: Caller, name: str) -> Tenant:
     """As it is in the registry now. Another's and one that is not there read the same. Raises NotFoundError."""
-    found = None
     if caller.is_operator or caller.tenant.name == name:
-        found = await asyncio.to_thread(state.registry.get_tenant, name)
-        if found is None and name == DEFAULT_TENANT:
-            found = DEFAULT
-    if found is None:
-        raise _no_tenant(name)
-    return found
+        return known_tenant(name, await asyncio.to_thread(state.registry.get_tenant, name))
+    raise NotFoundError(f"no tenant {name[:80]!r}")
 
 
-def _no_tenant(name: str) -> NotFoundError:
-    return NotFoundError(f"no tenant {name[:80]!r}")
+def _limits(before: Limits, given: LimitsModel) -> Limits:
+    """Those that are not given are a new tenant's."""
+    return replace(before, **given.model_dump(exclude_unset=True))
+
+
+def _check_hold(caller: Caller, key: Key) -> None:
+    """An operator's key that a tenant has is not its own to end. Raises RequestError 403."""
+    if not caller.is_operator and set(key.scopes) - set(SCOPES):
+        raise RequestError(403, f"only an operator ends keys with the scope {', '.join(sorted(set(key.scopes)))}")
 
 
 def _check_grant(caller: Caller, scopes: Sequence[str], tasks: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import structlog
 
@@ -25,6 +27,14 @@ RESIDENTS_FILE = "residents.json"
 log = structlog.get_logger()
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Revisions that pins follow: of each tenant's tasks, and of all tenants."""
+
+    tasks: dict[str, int]
+    tenants: int
+
+
 class Upkeep:
     """Runs from the server's start to its end."""
 
@@ -33,13 +43,20 @@ class Upkeep:
         self._warm_start = WarmStart(state.settings.data_dir / RESIDENTS_FILE)
         self._policies: dict[str, TenantPolicy] = {}
         self._applied: int | None = None  # the key ring's revision
-        self._revisions: dict[str, int] = {}
+        self._followed: Seen | None = None
         self._sampled_s = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         self._apply_policies()
-        self._tasks = [asyncio.create_task(work) for work in (self._warm_up(), self._run())]
+        repeated = (
+            (self._refresh_keys, POLL_S),
+            (self._follow_pins, PINS_S),
+            (self._flush, FLUSH_S),
+            (self._save, SAVE_S),
+        )
+        works = [self._warm_up(), *(_repeat(work, every_s) for work, every_s in repeated)]
+        self._tasks = [asyncio.create_task(work) for work in works]
 
     async def stop(self) -> None:
         """Keep what was used until now and what was resident."""
@@ -49,40 +66,25 @@ class Upkeep:
         await self._flush()
         await self._save()
 
-    async def _run(self) -> None:
-        pinned_s = flushed_s = saved_s = time.monotonic()
-        while True:
-            await asyncio.sleep(POLL_S)
-            await self._refresh_keys()
-            now = time.monotonic()
-            if now - pinned_s >= PINS_S:
-                pinned_s = now
-                await self._follow_pins()
-            if now - flushed_s >= FLUSH_S:
-                flushed_s = now
-                await self._flush()
-            if now - saved_s >= SAVE_S:
-                saved_s = now
-                await self._save()
-
     async def _refresh_keys(self) -> None:
         try:
             await asyncio.to_thread(self._state.keys.refresh)
         except UnavailableError:  # the keys stay as they were last seen
             return
-        except Exception:  # whatever it is, usage and the next poll go on
+        except Exception:  # whatever it is, the next poll goes on
             log.exception("keys_not_refreshed")
             return
         self._apply_policies()
 
     async def _follow_pins(self) -> None:
-        """Of tasks that others changed, on the registry itself or through another replica."""
+        """Of tasks that others changed, on the registry itself or through another replica, and as limits are now."""
         try:
             revisions = await asyncio.to_thread(self._state.registry.revisions)
-            if revisions != self._revisions:
+            seen = Seen(revisions, self._state.keys.revision)
+            if seen != self._followed:
                 await self._state.sync_pins()
-                self._revisions = revisions
-        except Exception:  # whatever it is, usage and the next poll go on
+                self._followed = seen
+        except Exception:  # whatever it is, the next poll goes on
             log.exception("pins_not_followed")
 
     def _apply_policies(self) -> None:
@@ -160,3 +162,10 @@ class Upkeep:
         except PrefixStoreError:
             return None
         return version if store.is_compatible(version) else None
+
+
+async def _repeat(work: Callable[[], Awaitable[None]], every_s: float) -> None:
+    """Each for itself: a load that hangs keeps pins waiting, not keys."""
+    while True:
+        await asyncio.sleep(every_s)
+        await work()

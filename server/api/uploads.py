@@ -111,6 +111,8 @@ async def upload(
             if index is not None:
                 raise RequestError(422, "index picks a task of a PEFT multitask file; an ensemble names its members")
             wanted = _ensemble(*files)
+            for member in wanted.members:
+                caller.check_task(member.partition("@")[0])
             ensemble = await asyncio.to_thread(state.store.make_ensemble, tenant, wanted.members, wanted.rule)
             state.check_ensemble(ensemble)
             publish = partial(state.store.publish_ensemble, tenant, task, ensemble, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.tenants import SCOPES, Tenant, new_key
+from server.api import gate
 from server.api.app import create_app
 from server.api.auth import PUBLIC, KeyRing, needed_scope
 from server.api.errors import RequestError
@@ -29,6 +31,13 @@ def tokens(served: Served, task: str | None) -> list[int]:
     response = served.generate(PROMPT, task, max_new_tokens=8, details=True, ignore_eos=True)
     assert response.status_code == 200, response.text
     return [token["id"] for token in response.json()["details"]["tokens"]]
+
+
+def within(seconds: float, is_so: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    return is_so()
 
 
 def routes(served: Served) -> list[tuple[str, str]]:
@@ -60,6 +69,29 @@ class TestKeys:
                 response = one.http.request(method, path)
                 is_open = needed in (None, scope) or (needed == "any" and scope != "metrics")
                 assert (response.status_code != 403) is is_open, (scope, method, path, response.text)
+
+    def test_a_path_that_only_the_router_matches_is_refused(self, keyed: Served) -> None:
+        """Its patterns end in "$", which matches before a newline as well."""
+        make_tenant(keyed, "narrow")
+        made = keyed.http.post("/v1/tenants/narrow/keys", json={"scopes": ["generate"]})
+        one = keyed.as_key(made.json()["key"])
+        for method, path in routes(keyed):
+            for end in ("%0A", "%0D%0A", "%00", "%E2%80%A8"):
+                assert one.http.request(method, path + end).status_code == 400, (method, path)
+        assert keyed.http.get("/v1/tenants/narrow").json()["suspended"] is False
+
+    def test_a_routes_scope_holds_whatever_the_path_looked_like(
+        self, keyed: Served, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_tenant(keyed, "misled")
+        made = keyed.http.post("/v1/tenants/misled/keys", json={"scopes": ["generate"]})
+        one = keyed.as_key(made.json()["key"])
+        monkeypatch.setattr(gate, "needed_scope", lambda method, path: None if path in PUBLIC else "any")
+        for method, path in routes(keyed):
+            needed = needed_scope(method, path, otherwise="forgotten")
+            assert needed != "forgotten", (method, path)
+            is_open = needed in (None, "any", "generate")
+            assert (one.http.request(method, path).status_code != 403) is is_open, (method, path)
 
     def test_a_key_is_shown_once_and_kept_nowhere(self, keyed: Served, tmp_path: Path) -> None:
         made = keyed.http.put("/v1/tenants/secretive")
@@ -106,6 +138,25 @@ class TestKeys:
         assert [each["id"] for each in films.http.get("/v1/models").json()["data"]] == ["films-a"]
         wider = films.http.post("/v1/tenants/patterned/keys", json={"tasks": ["*"]})
         assert wider.status_code == 403
+        for member in ("books-a@1", "nothing@1", "books-a"):
+            ensemble = {"kind": "ensemble", "members": ["films-a@1", member], "rule": "vote"}
+            refused = films.http.put("/v1/prefixes/films-both", json=ensemble)
+            assert refused.status_code == 403, refused.text
+
+    def test_pages_of_a_key_for_some_tasks_name_no_other(self, keyed: Served) -> None:
+        tenant = make_tenant(keyed, "paged")
+        for task in ("books-a", "films-a", "films-b", "secret", "films-c", "zebra"):
+            assert tenant.put(task, native(11)).status_code == 201
+        made = tenant.http.post("/v1/tenants/paged/keys", json={"tasks": ["films-*"]})
+        films = keyed.as_key(made.json()["key"])
+        seen, after = [], ""
+        for _ in range(3):
+            page = films.http.get("/v1/prefixes", params={"limit": 1, "after": after}).json()
+            seen += [each["task"] for each in page["prefixes"]]
+            after = page["next"]
+            assert after in (seen[-1], None)
+        assert (seen, after) == (["films-a", "films-b", "films-c"], None)
+        assert len(tenant.http.get("/v1/prefixes", params={"limit": 2}).json()["prefixes"]) == 2
 
     def test_admin_keys_manage_their_tenant_only(self, keyed: Served) -> None:
         one = make_tenant(keyed, "first")
@@ -116,6 +167,11 @@ class TestKeys:
         assert there.text.replace("second", "nobody") == nowhere.text
         assert one.http.post("/v1/tenants/second/keys", json={}).status_code == 404
         assert one.http.post("/v1/tenants/first/keys", json={"scopes": ["operator"]}).status_code == 403
+        watcher = keyed.http.post("/v1/tenants/first/keys", json={"scopes": ["metrics"]}).json()["id"]
+        assert one.http.delete(f"/v1/tenants/first/keys/{watcher}").status_code == 403
+        body = {"replaces": watcher, "scopes": ["generate"]}
+        assert one.http.post("/v1/tenants/first/keys", json=body).status_code == 403
+        assert keyed.http.delete(f"/v1/tenants/first/keys/{watcher}").status_code == 204
         assert one.http.put("/v1/tenants/first", json={"limits": {"weight": 9}}).status_code == 403
         assert one.http.get("/v1/audit", params={"tenant": "second"}).status_code == 403
 
@@ -227,7 +283,9 @@ class TestLimits:
         assert tenant.generate(PROMPT, max_new_tokens=80, ignore_eos=True).status_code == 200
         time.sleep(0.2)
         assert tenant.generate(PROMPT, max_new_tokens=8).status_code == 429
-        assert tenant.generate(PROMPT, max_new_tokens=120).status_code == 422
+        beyond = tenant.generate(PROMPT, max_new_tokens=120)  # never: who tries again waits a minute
+        assert (beyond.status_code, beyond.headers["Retry-After"]) == (429, "60")
+        assert "more than this tenant's 100 a minute" in beyond.json()["error"]
 
     def test_uploads_a_minute_prefixes_and_bytes(self, keyed: Served) -> None:
         tenant = make_tenant(keyed, "hoarder", uploads_per_minute=3, max_prefixes=2)
@@ -359,6 +417,38 @@ class TestRecords:
         rest = tenant.http.get("/v1/audit", params={"before": page["next"]}).json()
         assert page["entries"] + rest["entries"] == entries
 
+    def test_what_is_pinned_stays_within_the_limit_when_it_changes(self, keyed: Served) -> None:
+        tenant = make_tenant(keyed, "growing")
+        assert tenant.put("t", native(7)).status_code == 201
+        assert tenant.http.post("/v1/prefixes/t/preload").status_code == 200
+        sizes = keyed.state.engine.resident_sizes()
+        (num_bytes,) = (size for key, size in sizes.items() if key.startswith("growing/"))
+
+        def set_limit(limit: int) -> None:
+            assert keyed.http.put("/v1/tenants/growing", json={"limits": {"max_pinned_bytes": limit}}).is_success
+
+        def eventually_pinned(num_more: int) -> bool:
+            return within(2.5, lambda: keyed.state.engine.stats().num_pinned == before + num_more)
+
+        before = keyed.state.engine.stats().num_pinned
+        set_limit(num_bytes)
+        assert tenant.http.post("/v1/prefixes/t/pin").status_code == 200
+        assert eventually_pinned(1)
+        assert tenant.put("t", native(8, 60)).json()["active"] == 2
+        assert eventually_pinned(0)
+        set_limit(100 * num_bytes)
+        assert eventually_pinned(1)
+        assert tenant.http.post("/v1/prefixes/t/activate", json={"version": 1}).status_code == 200
+        set_limit(num_bytes - 1)
+        assert eventually_pinned(0)
+
+    def test_limits_that_are_not_given_are_a_new_tenants(self, keyed: Served) -> None:
+        for name, pinned in (("default", None), ("plain", 0)):
+            keyed.http.put(f"/v1/tenants/{name}", json={"limits": {"weight": 2, "max_rows": 3}})
+            limits = keyed.http.put(f"/v1/tenants/{name}", json={"limits": {"weight": 3}}).json()["limits"]
+            assert (limits["weight"], limits["max_rows"], limits["max_pinned_bytes"]) == (3, None, pinned)
+        keyed.http.put("/v1/tenants/default", json={"limits": {}})
+
     def test_usage_counts_every_request_once(self, keyed: Served) -> None:
         tenant = make_tenant(keyed, "metered")
         assert tenant.put("t", native(1)).status_code == 201
@@ -375,6 +465,24 @@ class TestRecords:
         lines = tenant.http.get("/v1/usage", params={"format": "csv"}).text.splitlines()
         assert lines[0].startswith("day,tenant,task,version,num_requests")
         assert all(line.split(",")[1] == "metered" for line in lines[1:])
+        accepted = tenant.http.get("/v1/usage", headers={"Accept": "text/csv"})
+        assert accepted.headers["Content-Type"].startswith("text/csv")
+        asked = tenant.http.get("/v1/usage", params={"format": "json"}, headers={"Accept": "text/csv"})
+        assert asked.json()["usage"]
+
+
+def test_the_first_tenant_may_be_an_operators(served: Served) -> None:
+    """`default` is a tenant before it has anything of its own: over HTTP it can be given the first key."""
+    tenants = served.http.get("/v1/tenants").json()["tenants"]
+    assert [(each["name"], each["keys"]) for each in tenants] == [("default", [])]
+    made = served.http.post("/v1/tenants/default/keys", json={"scopes": ["operator"]})
+    assert made.status_code == 201, made.text
+    operator = served.as_key(made.json()["key"])
+    assert served.http.get("/v1/prefixes").status_code == 401
+    assert operator.http.put("/v1/tenants/another").status_code == 201
+    assert operator.http.delete("/v1/tenants/another").status_code == 204
+    assert operator.http.delete(f"/v1/tenants/default/keys/{made.json()['id']}").status_code == 204
+    assert served.http.get("/v1/prefixes").status_code == 200
 
 
 class TestStart:

@@ -153,6 +153,8 @@ def test_tenant_goes_with_all_that_it_stores(store: PrefixStore, registry: Regis
             publish(store, f"t{i}", i, tenant=tenant)
         ensemble(store, "e", "t0", "t1", tenant=tenant)
     store.share(THEIRS, "t0", [OURS])
+    for task, shared_with in (("t0", [THEIRS]), ("t1", [THEIRS, "third"]), ("t2", ["*"])):
+        store.share(OURS, task, shared_with)
     revision = store.get_task(THEIRS, "t0").revision
     gone = store.delete_tenant(THEIRS)
     assert sorted(version.task for version in gone) == ["e", "t0", "t1", "t2"]
@@ -160,6 +162,8 @@ def test_tenant_goes_with_all_that_it_stores(store: PrefixStore, registry: Regis
     assert (store.list_tasks(THEIRS), store.list_shared(OURS), store.stored(THEIRS)) == ([], [], Stored())
     assert set(Blobs(tmp_path / "blobs").digests()) == {OURS}
     assert len(store.list_tasks(OURS)) == 4
+    assert [store.get_task(OURS, task).shared_with for task in ("t0", "t1", "t2")] == [(), ("third",), ("*",)]
+    assert [task.name for task in store.list_shared(THEIRS)] == ["t2"]
     with pytest.raises(NotFoundError, match="no tenant 'theirs'"):
         store.delete_tenant(THEIRS)
     with pytest.raises(ConflictError, match="tenant 'default' cannot be deleted"):
