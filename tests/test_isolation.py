@@ -247,12 +247,18 @@ def test_preemption_gives_the_same_tokens(world: World, alone: list[list[int]]) 
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_500_aborts_at_random_moments_leak_nothing(world: World, beside: bool) -> None:
-    """Waiting, loading (beside the steps, with an executor), in prefill, decoding, preempted, finished."""
+    """Waiting, loading (beside the steps, with an executor), in prefill, decoding, preempted, finished. How far loads
+    beside the steps have come is chance: it goes on until every moment was met, for ten times as long at most."""
+    reached = {"cold": 10, "held": 10, "prefill": 10, "decode": 10, "finished": 10, "preempted": 3}
+    if world.shape.is_encoder_decoder:
+        del reached["prefill"]  # the step that encodes gives the first token
     with ThreadPoolExecutor(1) as executor:
         engine = world.engine(kv=22 * 16, room=14 * 16, executor=executor if beside else None)
         choose = random.Random(3)
         moments: Counter[str] = Counter()
-        for round_ in range(16):
+        for round_ in range(160):
+            if round_ >= 16 and all(moments[name] >= least for name, least in reached.items()):
+                break
             sequences = world.sequences()
             for sequence in sequences:
                 engine.add(sequence)
@@ -267,11 +273,7 @@ def test_500_aborts_at_random_moments_leak_nothing(world: World, beside: bool) -
     engine.step()
     engine.check_integrity()
     assert moments.total() >= 500
-    reached = {"cold", "held", "prefill", "decode", "finished"}
-    if world.shape.is_encoder_decoder:
-        reached.remove("prefill")  # the step that encodes gives the first token
-    assert min(moments[name] for name in reached) >= 10, moments
-    assert moments["preempted"]
+    assert all(moments[name] >= least for name, least in reached.items()), moments
     assert engine.own_blocks.num_used == 0
     assert engine.residents.num_references == 0
 
