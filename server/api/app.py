@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import Depends, FastAPI
 
 from server.api import errors, generate, openai, ops, prefixes, records, tenants, uploads
-from server.api.auth import check_scope_of_route
+from server.api.auth import check_again
 from server.api.connection import BoundedConnection
 from server.api.gate import Gate
 from server.api.query import refuse_unknown_query
@@ -38,7 +38,7 @@ def create_app(state: AppState) -> FastAPI:
         title="prefixserve",
         description=DESCRIPTION,
         lifespan=lifespan,
-        dependencies=[Depends(check_scope_of_route), Depends(refuse_unknown_query)],
+        dependencies=[Depends(check_again), Depends(refuse_unknown_query)],
     )
     app.state.prefixserve = state
     for module in (generate, openai, uploads, prefixes, tenants, records, ops):

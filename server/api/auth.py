@@ -88,7 +88,9 @@ class Caller:
             raise RequestError(403, f"this key may {', '.join(sorted(self.scopes))}; {scope} is needed")
 
     def allows_task(self, task: str | None) -> bool:
-        return self.key is None or self.key.allows_task(task)
+        """`OWNER/T` of its own is `T`."""
+        name = task and task.removeprefix(f"{self.tenant.name}/")
+        return self.key is None or self.key.allows_task(name)
 
     def check_task(self, task: str | None) -> None:
         """Raises RequestError 403, before it is looked up."""
@@ -195,11 +197,14 @@ async def caller_of(request: Request) -> Caller:
     return caller
 
 
-async def check_scope_of_route(request: Request) -> None:
-    """By the route's own path: whatever the router took for it, the scope is the route's. Raises RequestError 403."""
+async def check_again(request: Request) -> None:
+    """When the body is there, which may take long: by the keys as they are now, and by the route's own path, whatever
+    the router took for it. Raises RequestError as the gate does."""
     needed = needed_scope(request.method, request.scope["route"].path, otherwise="operator")
     if needed is not None:
-        (await caller_of(request)).check_scope(needed)
+        caller = request.app.state.prefixserve.keys.caller(request.headers.get("authorization"))
+        caller.check_scope(needed)
+        request.state.caller = caller
 
 
 Asking = Annotated[Caller, Depends(caller_of)]

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -77,7 +78,7 @@ async def chat_completions(
     limit = default_tokens(caller.tenant.limits, given, MAX_DEFAULT_CHAT_TOKENS)
     num_bytes = sum(len(message["content"].encode()) for message in messages)
     with await admit(state, caller, target, num_bytes, body.n or 1, limit) as bill:
-        prompt = await asyncio.to_thread(_template, state, messages)
+        prompt = await state.engine.tokenising(partial(_template, state, messages))
         if given is None:
             limit = max(1, min(limit, state.engine.max_new_tokens(target.members, len(prompt))))
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -93,11 +94,12 @@ async def models(state: State, caller: Asking) -> dict[str, Any]:
         live = [version for task in tasks for version in task.versions if version.version == task.active]
         listed += [_model(state, v.task, int(v.created_at_s)) for v in live if caller.allows_task(v.task)]
         after = tasks[-1].name
-    for task in await asyncio.to_thread(state.store.list_shared, tenant):
-        for version in task.versions:
-            name = named(version, tenant)
-            if version.version == task.active and caller.allows_task(name):
-                listed.append(_model(state, name, int(version.created_at_s)))
+    after = ""
+    while tasks := await asyncio.to_thread(state.store.list_shared, tenant, 1000, after):
+        live = [version for task in tasks for version in task.versions if version.version == task.active]
+        named_live = ((version, named(version, tenant)) for version in live)
+        listed += [_model(state, name, int(v.created_at_s)) for v, name in named_live if caller.allows_task(name)]
+        after = f"{tasks[-1].tenant}/{tasks[-1].name}"
     return {"object": "list", "data": listed}
 
 

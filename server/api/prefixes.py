@@ -128,6 +128,7 @@ async def pin(request: Request, state: State, caller: Asking, task: str) -> Resp
         num_bytes = state.device_bytes([*own, version], resident=False)
         if num_bytes > limit:
             raise QuotaError(f"this tenant may pin {limit} bytes of device memory, with {name!r} it were {num_bytes}")
+    state.label([version])
     await state.preload(version)
     found = await state.remotely(state.store.set_pinned, tenant, name, True, by=caller.author(request))
     await state.sync_pins()
@@ -147,6 +148,7 @@ async def preload(state: State, caller: Asking, task: str) -> Response:
     caller.check_task(task.partition("@")[0])
     tenant = caller.tenant.name
     version = await asyncio.to_thread(state.store.resolve, tenant, task)
+    state.label([version])
     await state.preload(version)
     return task_response(state, await asyncio.to_thread(state.store.get_task, tenant, version.task))
 

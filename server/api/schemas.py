@@ -51,10 +51,11 @@ def refuse(values: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
         for name, allowed in neutral.items():
             value = values.get(name)
             if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
+                got = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(str(value)[:60])
                 raise PydanticCustomError(
                     UNSUPPORTED,
                     "{field} is not supported by this server, got {value}",
-                    {"field": name, "value": repr(str(value)[:60])},
+                    {"field": name, "value": got},
                 )
         return {name: value for name, value in values.items() if name not in neutral}
     return values

@@ -180,7 +180,8 @@ class AppState:
         """Hold exactly the active versions of pinned tasks, of each tenant as many as it may."""
         async with self._pinning:
             versions = await asyncio.to_thread(self.store.pinned_versions)
-            wanted = {ref.key: ref for version in self._pinnable(versions) for ref in refs_of(version)}
+            pinnable = self._pinnable(versions)
+            wanted = {ref.key: ref for version in pinnable for ref in refs_of(version)}
             for key in set(self._pinned) - set(wanted):
                 await self.engine.unpin(self._pinned.pop(key))
             for key in set(wanted) - set(self._pinned):
@@ -190,6 +191,7 @@ class AppState:
                     log.warning("pin_failed", key=key[:80], reason=str(error))
                 else:
                     self._pinned[key] = wanted[key]
+            self.label(pinnable)
 
     def _pinnable(self, versions: Iterable[Version]) -> list[Version]:
         """A task pinned within its tenant's limit may have a larger version now, or the limit be a lower one."""

@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from prefix_store.local_files import CONFIG, WEIGHTS
 from prefix_store.prefix import Prefix
 from prefix_store.task_changes import Published
-from server.api.auth import Asking
+from server.api.auth import Asking, check_again
 from server.api.errors import PROBLEMS, RequestError, also
 from server.api.manifests import manifest
 from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
@@ -99,6 +99,7 @@ async def upload(
             f"Content-Type must be multipart/form-data, application/json or one of {', '.join(NATIVE_TYPES)}, "
             f"got {kind[:80]!r}",
         )
+    await check_again(request)
     async with state.uploads:  # nobody waits here for a caller who sends slowly
         options: dict[str, Any] = {
             "note": note,
@@ -152,6 +153,13 @@ def _ensemble(body: bytes) -> EnsembleRequest:
 
 
 async def _parts(request: Request) -> tuple[bytes, bytes]:
+    try:
+        return await _read_parts(request)
+    except UnicodeError as error:  # of a charset that the caller names
+        raise RequestError(422, f"multipart text must be UTF-8: {error}") from error
+
+
+async def _read_parts(request: Request) -> tuple[bytes, bytes]:
     found: dict[str, bytes] = {}
     async with request.form(max_files=4, max_fields=4) as form:
         for name, part in form.multi_items():

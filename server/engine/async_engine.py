@@ -226,10 +226,12 @@ class AsyncEngine:
             raise failure
         return self.residency(key) == "loading"
 
+    async def tokenising(self, function: Callable[[], T]) -> T:
+        """In the thread that prompts are tokenised in: nothing else waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
+
     async def _tokenise(self, prompt: str) -> list[int]:
-        loop = asyncio.get_running_loop()
-        encoded = await loop.run_in_executor(self._workers, lambda: self.tokenizer(prompt)["input_ids"])
-        return list(encoded)
+        return list(await self.tokenising(lambda: self.tokenizer(prompt)["input_ids"]))
 
     def _abort(self, request_id: str) -> None:
         self._forget(request_id)

@@ -29,7 +29,8 @@ class QueuePlaces:
     def take(self, request_id: str, tenant_id: str, num_tokens: int) -> None:
         """Raises as `check`."""
         self.check(tenant_id, num_tokens)
-        self._places[request_id] = Place(tenant_id, num_tokens)
+        # The first may be of any size: it fills the queue, as it will, not the part that others have beyond.
+        self._places[request_id] = Place(tenant_id, min(num_tokens, self._max_queued_tokens))
 
     def check(self, tenant_id: str, num_tokens: int) -> None:
         """Raises TenantQueueFullError if the tenant has all it may, OverloadedError if there is no place for it."""

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from prefix_store.local_files import CONFIG, WEIGHTS
 from server.api.schemas import (
     MAX_PROMPTS,
     ActivateRequest,
@@ -195,3 +196,18 @@ def test_headers_are_bounded(served: Served, films: str, value: bytes) -> None:
         for response in answers:
             assert response.status_code < 500, (name, response.text)
             assert len(response.content) <= MAX_ANSWER
+
+
+@pytest.mark.parametrize("charset", ["unicode_escape", "undefined", "nonsense", "utf-16"])
+def test_a_charset_that_the_caller_names_is_no_fault_of_the_servers(served: Served, charset: str) -> None:
+    part = 'Content-Disposition: form-data; name="{}"\r\n\r\n{}\r\n'
+    body = "".join(f"--b\r\n{part.format(name, chr(92) + 'ud800')}" for name in (CONFIG, WEIGHTS)) + "--b--\r\n"
+    headers = {"Content-Type": f"multipart/form-data; boundary=b; charset={charset}"}
+    refused = served.http.put("/v1/prefixes/odd", content=body.encode(), headers=headers)
+    assert refused.status_code == 422, refused.text
+
+
+def test_what_is_not_served_is_refused_however_deep_it_is(served: Served) -> None:
+    for depth in range(20, 1000, 7):
+        nest = "[" * depth + "]" * depth
+        assert_refused(post(served, "/generate", f'{{"inputs": "x", "parameters": {{"grammar": {nest}}}}}'))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -142,6 +142,47 @@ class TestKeys:
             ensemble = {"kind": "ensemble", "members": ["films-a@1", member], "rule": "vote"}
             refused = films.http.put("/v1/prefixes/films-both", json=ensemble)
             assert refused.status_code == 403, refused.text
+
+    def test_a_pattern_is_for_the_task_not_for_its_owners_name(self, keyed: Served) -> None:
+        tenant = make_tenant(keyed, "films-house")
+        for task in ("films-a", "secret"):
+            assert tenant.put(task, native(11)).status_code == 201
+        made = tenant.http.post("/v1/tenants/films-house/keys", json={"tasks": ["films-*"]})
+        films = keyed.as_key(made.json()["key"])
+        for task, status in (("films-a", 200), ("secret", 403)):
+            for name in (task, f"films-house/{task}", f"films-house/{task}@1"):
+                assert films.generate(PROMPT, name, max_new_tokens=1).status_code == status, name
+                chat = {"model": name, "prompt": PROMPT, "max_tokens": 1}
+                assert films.http.post("/v1/completions", json=chat).status_code == status, name
+
+    @pytest.mark.parametrize("end", ["delete", "suspend", "delete-tenant"])
+    def test_a_key_that_ended_while_the_body_came_is_refused(self, keyed: Served, end: str) -> None:
+        tenant = make_tenant(keyed, f"late-{end}")
+        made = keyed.http.get(f"/v1/tenants/late-{end}").json()
+
+        def pieces(body: bytes) -> Iterator[bytes]:
+            yield body[:5]
+            time.sleep(0.1)
+            path = f"/v1/tenants/late-{end}"
+            if end == "delete":
+                keyed.http.delete(f"{path}/keys/{made['keys'][0]['id']}")
+            elif end == "suspend":
+                keyed.http.post(f"{path}/suspend")
+            else:
+                keyed.http.delete(path)
+            yield body[5:]
+
+        asked = [
+            ("PUT", "/v1/prefixes/late", native(1), "application/octet-stream"),
+            ("POST", f"/v1/tenants/late-{end}/keys", b'{"scopes": ["admin"]}', "application/json"),
+        ]
+        for method, path, body, kind in asked:
+            refused = tenant.http.request(method, path, content=pieces(body), headers={"Content-Type": kind})
+            assert refused.status_code == (403 if end == "suspend" else 401), refused.text
+            keyed.http.post(f"/v1/tenants/late-{end}/resume")
+        left = keyed.http.get(f"/v1/tenants/late-{end}")
+        assert (left.status_code, len(left.json().get("keys", []))) in ((200, end != "delete"), (404, 0))
+        assert keyed.state.store.list_tasks(f"late-{end}") == []
 
     def test_pages_of_a_key_for_some_tasks_name_no_other(self, keyed: Served) -> None:
         tenant = make_tenant(keyed, "paged")
@@ -423,6 +464,7 @@ class TestRecords:
         assert tenant.http.post("/v1/prefixes/t/preload").status_code == 200
         sizes = keyed.state.engine.resident_sizes()
         (num_bytes,) = (size for key, size in sizes.items() if key.startswith("growing/"))
+        assert [each.task for each in keyed.state.labels.values() if each.tenant == "growing"] == ["t"], "it is metered"
 
         def set_limit(limit: int) -> None:
             assert keyed.http.put("/v1/tenants/growing", json={"limits": {"max_pinned_bytes": limit}}).is_success

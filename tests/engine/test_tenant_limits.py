@@ -18,6 +18,7 @@ from server.engine.errors import (
     TenantQueueFullError,
     TenantQueueTimeoutError,
 )
+from server.engine.queue_places import QueuePlaces
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.tenant_policy import TenantPolicy
@@ -165,6 +166,17 @@ def test_a_tenant_with_all_its_queue_places_is_refused_before_tokenising(tenants
         assert len(await again.rest()) == 3
 
     with_engine(tenants, use)
+
+
+def test_one_giant_prompt_does_not_keep_others_out(tenants: Tenants) -> None:
+    """The first request may be of any size; it is refused when it has been tokenised, which takes a while."""
+    places = QueuePlaces(tenants.engine.policies, Metrics(), max_queued=8, max_queued_tokens=100)
+    places.take("giant", "loud", 1_000_000)
+    with pytest.raises(OverloadedError, match="its limit is 100 tokens"):
+        places.take("more", "loud", 1)
+    places.take("small", "quiet", 50)
+    places.leave("giant")
+    places.take("other", "loud", 50)
 
 
 def test_a_full_queue_has_places_for_those_who_have_less_than_their_part(tenants: Tenants) -> None:
