@@ -179,8 +179,12 @@ class AsyncEngine:
 
     async def pin(self, ref: PrefixRef) -> None:
         """Make a prefix resident and keep it so."""
-        await self.preload((ref,))
-        await self._call(lambda: self._engine.residents.pin(ref.key))
+        await self._call(lambda: self._engine.residents.pin(ref.key))  # first, so that no step evicts it in between
+        try:
+            await self.preload((ref,))
+        except BaseException:
+            self._calls.put(lambda: self._engine.residents.unpin(ref.key))
+            raise
 
     async def unpin(self, ref: PrefixRef) -> None:
         await self._call(lambda: self._engine.residents.unpin(ref.key))
@@ -250,6 +254,8 @@ class AsyncEngine:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked no longer waits
             try:
                 future.set_result(function())
             except Exception as error:  # it is raised where the caller waits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,18 @@ def load_model(
     return model
 
 
+def _max_even_positions(config: Any) -> float:
+    """Up to which a position is turned alike whatever other rows do: longrope has other frequencies for all rows of a
+    step in which one is beyond this."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    ropes = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    if all(rope.get("rope_type") != "longrope" for rope in ropes):
+        return math.inf
+    found = [rope.get("original_max_position_embeddings") for rope in ropes]
+    found.append(getattr(config, "original_max_position_embeddings", None))
+    return min((each for each in found if each), default=math.inf)
+
+
 def _decoder_start_ids(model: Any) -> tuple[int, ...]:
     """What an encoder-decoder's own text begins with: its start token, and the first token where that is forced."""
     start = model.generation_config.decoder_start_token_id
@@ -185,6 +198,7 @@ def measure_shape(
         max_positions = getattr(config, "n_positions", MAX_RELATIVE_POSITIONS)  # T5 has biases of distances
     if max_positions is None:
         raise ModelRefusedError(f"{config.model_type}: expected a model with positions, it has no largest one")
+    max_positions = min(max_positions, _max_even_positions(config))
     num_heads = getattr(config, "num_attention_heads", None)
     if num_heads is None:
         raise ModelRefusedError(f"{config.model_type}: expected num_attention_heads in its config, found none")

@@ -18,6 +18,7 @@ from server.engine.resident_shares import Need, ResidentShares
 from server.engine.sequence import PrefixRef
 
 FAILED_LOAD_REMEMBERED_S = 10.0
+PATIENCE_S = 1.0  # for which one task's requests may go on past those of a cold one of the same tenant
 
 
 @dataclass
@@ -103,23 +104,27 @@ class ResidentPrefixes:
         self._shares.begin_step()
         self._leaving.clear()
 
-    def claim(self, refs: Collection[PrefixRef]) -> bool:
+    def claim(self, refs: Collection[PrefixRef], waited_s: float) -> bool:
         """For what `preload` found no room: nobody new may hold what has to go for it, until the next step begins.
 
-        False: it waits by its own tenants' fault, whose other prefixes are in use and fill their shares or limits.
+        False: it waits by its own tenants' fault, whose other prefixes are in use and fill their shares or limits. It
+        claims room of theirs, when it has waited for a while.
         """
         wanted = {ref.key: ref for ref in refs}
         need = self._need(wanted)
-        if not self._shares.is_due(need):
+        is_due = self._shares.is_due(need)
+        if not is_due and waited_s < PATIENCE_S:
             return False
         held = [
             resident
             for key, resident in self._residents.items()
-            if resident.ref_count and not (key in wanted or key in self._pinned or resident.ref.tenant_id in need.cold)
+            if resident.ref_count
+            and not (key in wanted or key in self._pinned)
+            and (resident.ref.tenant_id in need.cold) is not is_due
         ]
         victims = self._shares.victims(need, self._allocator.num_free, lambda: chain(self._idle(wanted), held))
         self._leaving.update(resident.ref.key for resident in victims or ())
-        return True
+        return is_due
 
     def is_claimed(self, held: Collection[ResidentPrefix]) -> bool:
         """Whether one of them has to go."""
@@ -153,7 +158,9 @@ class ResidentPrefixes:
         self.counts.num_failed_loads += 1
         why = f"prefix {resident.ref.digest[:12]} could not be loaded: {error}"
         kind = PrefixAwayError if isinstance(error, UnavailableError) else PrefixLoadError
-        self._failures[resident.ref.key] = (time.monotonic(), kind, why)
+        now = time.monotonic()
+        self._failures = {key: each for key, each in self._failures.items() if _is_remembered(each[0], now)}
+        self._failures[resident.ref.key] = (now, kind, why)
         self._drop(resident)
 
     def advance(self, resident: ResidentPrefix) -> None:
@@ -179,10 +186,7 @@ class ResidentPrefixes:
         if found is None:
             return None
         when, kind, why = found
-        if time.monotonic() - when > FAILED_LOAD_REMEMBERED_S:
-            del self._failures[key]
-            return None
-        return kind(why)
+        return kind(why) if _is_remembered(when, time.monotonic()) else None
 
     def get(self, key: str) -> ResidentPrefix | None:
         return self._residents.get(key)
@@ -297,3 +301,7 @@ class ResidentPrefixes:
         del self._residents[resident.ref.key]
         self._allocator.release(resident.block_table)
         self._shares.remove(resident.ref.tenant_id, len(resident.block_table))
+
+
+def _is_remembered(failed_s: float, now_s: float) -> bool:
+    return now_s - failed_s <= FAILED_LOAD_REMEMBERED_S

@@ -170,6 +170,7 @@ class Scheduler:
         for sequence in self.waiting.in_turn(num_rows):
             tenant_id = sequence.tenant_id
             is_asking = may_load and tenant_id not in short
+            waited_s = now - sequence.arrival_s
             try:
                 self.check_rows(sequence)
                 is_held = self._hold_prefixes(sequence, is_asking)
@@ -178,8 +179,7 @@ class Scheduler:
                 continue
             if is_asking and not is_held:
                 short.add(tenant_id)
-                may_load = not self._residents.claim(sequence.prefixes)
-            waited_s = now - sequence.arrival_s
+                may_load = not self._residents.claim(sequence.prefixes, waited_s)
             if sequence.started_s is None and waited_s > self.max_queue_s:
                 is_own_fault = tenant_id in full or not self._may_run(sequence, num_rows[tenant_id])
                 failed.append((sequence, self._timeout(waited_s, is_own_fault)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from prefix_store.prefix import Layers, ModelShape, Prefix
 from server.engine.context_limits import check_context
@@ -33,6 +34,29 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     shape = replace(measure_shape(model, "tiny", "none"), max_virtual_tokens=64)
     assert shape.max_positions == POSITIONS
     return ModelRunner(model, shape, KVBlocks(shape, split_pool(2048, 512)[0], torch.device("cpu")))
+
+
+def test_positions_end_where_a_row_would_turn_those_of_others() -> None:
+    """longrope takes other frequencies for a whole step as soon as one of its rows is beyond the original context."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    common = {"vocab_size": 96, "max_position_embeddings": 256, "pad_token_id": 0, **sizes}
+    for original, expected in ((64, 64), (None, 256)):
+        given = {} if original is None else {"original_max_position_embeddings": original, "rope_parameters": rope}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(Phi3Config(**common, **given)).eval()
+        assert measure_shape(model, "tiny", "none").max_positions == expected
+    long = torch.arange(70)[None]
+    with torch.inference_mode():
+        alone = model_of_longrope(common, rope).model.rotary_emb(torch.zeros(1, 1, 64), long[:, :64])
+        beside = model_of_longrope(common, rope).model.rotary_emb(torch.zeros(1, 1, 64), long)
+    assert not torch.equal(alone[0], beside[0][:, :64])
+
+
+def model_of_longrope(common: dict[str, Any], rope: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = Phi3Config(**common, original_max_position_embeddings=64, rope_parameters=rope)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def make_prefixes(shape: ModelShape) -> dict[str, Prefix]:

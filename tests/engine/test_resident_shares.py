@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.engine import recent_evictions, resident_shares
+from server.engine import recent_evictions, resident_prefixes, resident_shares
 from server.engine.errors import PinnedRoomError, PrefixFaultError, PrefixLoadError, TenantPinnedError
 from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator
 from server.engine.resident_prefix import ResidentPrefix
@@ -135,6 +135,36 @@ def test_prefixes_always_in_use_do_not_keep_a_tenant_from_its_share(
         assert num_steps < 14, "rows of 4 tokens that ran before it, and its own"
     tenants.finish()
     assert all(sequence.num_generated_tokens == 4 for sequence in tenants.started if sequence.tenant_id == "loud")
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_tenants_prefixes_always_in_use_do_not_keep_its_others_out(
+    model: Any, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tenant that has the pool alone, or all that it may have of it. They may for a while."""
+    tenants = Tenants(model, prefix_blocks=2 if limit is None else 10)
+    tenants.engine.policies.set("a", TenantPolicy(max_resident_bytes=limit and limit * tenants.block_bytes))
+    *hot, cold = refs_of(tenants, "a", 3)
+    for i in range(20):
+        tenants.add("a", (hot[i % 2],))
+    tenants.step()
+    waits = tenants.add("a", (cold,))
+
+    def steps_until_it_ends(max_steps: int) -> int:
+        for num_steps in range(max_steps):
+            for ref in hot:
+                tenants.add("a", (ref,))
+            tenants.step()
+            if waits.finish_reason is not None:
+                return num_steps
+        return max_steps
+
+    monkeypatch.setattr(resident_prefixes, "PATIENCE_S", 1e9)
+    assert steps_until_it_ends(30) == 30
+    monkeypatch.setattr(resident_prefixes, "PATIENCE_S", 0.0)
+    assert steps_until_it_ends(20) < 20, "rows of 4 tokens that ran before it, and its own"
+    tenants.finish()
+    assert all(sequence.num_generated_tokens == 4 for sequence in tenants.started)
 
 
 def test_who_waits_for_its_own_prefixes_does_not_keep_others_from_loading(model: Any) -> None:

@@ -4,6 +4,7 @@ side says by tenant."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -164,6 +165,24 @@ def test_a_tenant_with_all_its_queue_places_is_refused_before_tokenising(tenants
             assert len(await stream.rest()) == 3
         again = await engine.generate([5, 6], PARAMS, ((),), "a9", "a")
         assert len(await again.rest()) == 3
+
+    with_engine(tenants, use)
+
+
+def test_who_no_longer_waits_for_the_engine_does_not_stop_it(tenants: Tenants) -> None:
+    async def use(engine: AsyncEngine, tokenizer: CountingTokenizer, metrics: Metrics) -> None:
+        await engine.start()
+        tenants.engine.charge = lambda *_: time.sleep(0.2)  # type: ignore[method-assign]  # as a long step would
+        ref = tenants.ref("given-up", "a")
+        checked = asyncio.create_task(engine.check(tenants.load(ref), "a"))
+        await asyncio.sleep(0.05)
+        pinned = asyncio.create_task(engine.pin(ref))
+        await asyncio.sleep(0.05)
+        pinned.cancel()
+        await asyncio.wait([checked, pinned])
+        assert not await asyncio.wait_for(engine.evict(ref.key), 5)
+        assert engine.is_healthy
+        assert engine.stats().num_pinned == 0
 
     with_engine(tenants, use)
 
