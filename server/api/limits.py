@@ -71,13 +71,11 @@ class RateLimits:
         }
         if is_taken:
             return
-        if amount > limit:
-            wait_s = MINUTE_S  # it is never there; clients that try again should not do so at once
+        text = f"this tenant may have {limit} {bucket} a minute; wait {wait_s:.1f} s"
+        if amount > limit:  # never: clients that try again should not do so at once
+            wait_s, text = MINUTE_S, f"{amount} {bucket} at once are more than this tenant's {limit} a minute"
         headers = grant.headers | {"Retry-After": str(max(1, math.ceil(wait_s)))}
-        if amount > limit:
-            text = f"{amount} {bucket} at once are more than this tenant's {limit} a minute"
-            raise RequestError(429, text, headers=headers)
-        raise RequestError(429, f"this tenant may have {limit} {bucket} a minute; wait {wait_s:.1f} s", headers=headers)
+        raise RequestError(429, text, headers=headers)
 
     async def _give_back(self, tenant: Tenant, bucket: str, amount: int, limit: int) -> None:
         """More than was taken may be taken: then the bucket owes."""

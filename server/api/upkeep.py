@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 import structlog
@@ -71,21 +71,15 @@ class Upkeep:
             await asyncio.to_thread(self._state.keys.refresh)
         except UnavailableError:  # the keys stay as they were last seen
             return
-        except Exception:  # whatever it is, the next poll goes on
-            log.exception("keys_not_refreshed")
-            return
         self._apply_policies()
 
     async def _follow_pins(self) -> None:
         """Of tasks that others changed, on the registry itself or through another replica, and as limits are now."""
-        try:
-            revisions = await asyncio.to_thread(self._state.registry.revisions)
-            seen = Seen(revisions, self._state.keys.revision)
-            if seen != self._followed:
-                await self._state.sync_pins()
-                self._followed = seen
-        except Exception:  # whatever it is, the next poll goes on
-            log.exception("pins_not_followed")
+        revisions = await asyncio.to_thread(self._state.registry.revisions)
+        seen = Seen(revisions, self._state.keys.revision)
+        if seen != self._followed:
+            await self._state.sync_pins()
+            self._followed = seen
 
     def _apply_policies(self) -> None:
         """As the tenants' limits say, where these were read anew, here or by a request that changed them."""
@@ -164,8 +158,11 @@ class Upkeep:
         return version if store.is_compatible(version) else None
 
 
-async def _repeat(work: Callable[[], Awaitable[None]], every_s: float) -> None:
+async def _repeat(work: Callable[[], Coroutine[None, None, None]], every_s: float) -> None:
     """Each for itself: a load that hangs keeps pins waiting, not keys."""
     while True:
         await asyncio.sleep(every_s)
-        await work()
+        try:
+            await work()
+        except Exception:  # whatever it is, the next round goes on
+            log.exception("upkeep_failed", work=work.__name__)
