@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,7 @@ from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.tenants import is_key
 from server.cli import app
 from tests.conftest import Served, native
-
-SEEN_S = 1.0
+from tests.waiting import eventually
 
 
 @dataclass(frozen=True)
@@ -44,15 +41,6 @@ def commands(keyed: Served) -> Commands:
     return Commands(str(keyed.state.settings.data_dir))
 
 
-def within_a_second(is_so: Callable[[], bool]) -> bool:
-    deadline_s = time.monotonic() + SEEN_S
-    while time.monotonic() < deadline_s:
-        if is_so():
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def status(served: Served) -> int:
     return served.http.get("/v1/prefixes").status_code
 
@@ -61,7 +49,7 @@ def test_a_new_tenants_key_stands_alone_on_the_last_line_and_works(keyed: Served
     made = commands.run("create", "by-hand", "--limit", "weight=2", "--limit", "max_pinned_bytes=none")
     assert made.exit_code == 0, made.output
     tenant = keyed.as_key(made.stdout.splitlines()[-1])
-    assert within_a_second(lambda: status(tenant) == 200)
+    eventually(lambda: status(tenant) == 200)
     shown = keyed.http.get("/v1/tenants/by-hand").json()
     assert (shown["limits"]["weight"], shown["limits"]["max_pinned_bytes"]) == (2, None)
     assert shown["keys"][0]["scopes"] == ["generate", "upload", "publish", "admin"]
@@ -74,18 +62,18 @@ def test_a_new_tenants_key_stands_alone_on_the_last_line_and_works(keyed: Served
 def test_limits_suspension_rotation_and_removal_are_seen(keyed: Served, commands: Commands) -> None:
     first = commands.json("create", "turned")["key"]
     tenant = keyed.as_key(first)
-    assert within_a_second(lambda: status(tenant) == 200)
+    eventually(lambda: status(tenant) == 200)
     assert commands.json("limits", "turned", "--limit", "requests_per_minute=1")["requests_per_minute"] == 1
-    assert within_a_second(lambda: tenant.generate("x", max_new_tokens=1).status_code == 429)
+    eventually(lambda: tenant.generate("x", max_new_tokens=1).status_code == 429)
     assert commands.json("suspend", "turned")["suspended"] is True
-    assert within_a_second(lambda: status(tenant) == 403)
+    eventually(lambda: status(tenant) == 403)
     assert commands.json("suspend", "turned", "--undo")["suspended"] is False
-    assert within_a_second(lambda: status(tenant) == 200)
+    eventually(lambda: status(tenant) == 200)
     second = keyed.as_key(commands.json("rotate", "turned", "--overlap-s", "0")["key"])
-    assert within_a_second(lambda: (status(tenant), status(second)) == (401, 200))
+    eventually(lambda: (status(tenant), status(second)) == (401, 200))
     assert "turned" in [each["name"] for each in commands.json("list")]
     assert commands.json("rm", "turned") == {"name": "turned", "num_versions": 0}
-    assert within_a_second(lambda: status(second) == 401)
+    eventually(lambda: status(second) == 401)
     actions = [e["action"] for e in keyed.http.get("/v1/audit", params={"tenant": "turned"}).json()["entries"]]
     assert actions == ["delete-tenant", "rotate-keys", "resume", "suspend", "set-limits", "create-tenant"]
 
@@ -106,7 +94,7 @@ def test_every_option_is_a_variable_too_and_default_is_a_tenant(keyed: Served, c
 def test_usage_is_shown_with_the_servers_key(keyed: Served, commands: Commands) -> None:
     key = commands.json("create", "used")["key"]
     tenant = keyed.as_key(key)
-    assert within_a_second(lambda: tenant.generate("x", max_new_tokens=1).status_code == 200)
+    eventually(lambda: tenant.generate("x", max_new_tokens=1).status_code == 200)
     options = ["usage", "--url", keyed.url, "--api-key", key]
     (row,) = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
     assert (row["tenant"], row["num_requests"]) == ("used", 1)
@@ -118,7 +106,7 @@ def test_usage_is_shown_with_the_servers_key(keyed: Served, commands: Commands) 
 def test_a_registry_is_copied_with_its_tenants_and_tasks(keyed: Served, commands: Commands, tmp_path: Path) -> None:
     key = commands.json("create", "moving")["key"]
     tenant = keyed.as_key(key)
-    assert within_a_second(lambda: tenant.put("t", native(1)).status_code == 201)
+    eventually(lambda: tenant.put("t", native(1)).status_code == 201)
     source, target = str(tmp_path / "source"), str(tmp_path / "target")
     shutil.copytree(commands.data_dir, source)  # nobody writes it while it is copied
     copied = CliRunner().invoke(app, ["registry", "copy", source, target, "--json"])

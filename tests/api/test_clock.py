@@ -11,6 +11,7 @@ import pytest
 
 from server.api import faults
 from tests.conftest import Served, bearer, make_tenant, native
+from tests.waiting import eventually
 
 HOUR, MONTH = 3600.0, 30 * 86400.0
 STEPS = (-MONTH, -HOUR, HOUR, MONTH)
@@ -117,8 +118,5 @@ def test_faults_within_a_minute_are_counted_over_a_step(keyed: Served, step: Ste
     for number in range(faults.MAX_FAULTS):
         assert tenant.generate("x", "t", max_new_tokens=1).status_code == 424
         step(number * by_s)
-    deadline_s = time.monotonic() + 5
-    while tenant.http.get("/v1/prefixes/t").json()["active"] != 1:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+    eventually(lambda: tenant.http.get("/v1/prefixes/t").json()["active"] == 1)
     assert tenant.generate("x", "t", max_new_tokens=1).status_code == 200

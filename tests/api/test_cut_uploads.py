@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from server.model_files import ModelFiles
 from server.start import make_state
 from tests.conftest import NAME, NATIVE, Served, native, serve_in_thread, settings_for
 from tests.prefix_store.redis_process import RedisProcess
+from tests.waiting import eventually
 
 ENDS_S = 20.0
 RESET = b"\1\0\0\0\0\0\0\0"
@@ -41,13 +41,6 @@ def stored(
     more = {} if request.param == "sqlite" else {"redis_url": request.getfixturevalue("redis").url}
     settings = settings_for(tmp_path_factory.mktemp("data"), max_upload_bytes=4 * 2**20, **more)
     yield from serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))
-
-
-def eventually(is_so: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + ENDS_S
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def files(served: Served) -> set[Path]:

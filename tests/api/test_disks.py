@@ -6,7 +6,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from server.model_files import ModelFiles
 from server.start import make_state, open_registry
 from tests.conftest import NAME, Served, native, serve_in_thread, settings_for
 from tests.prefix_store.redis_process import RedisProcess
+from tests.waiting import eventually
 
-SEEN_S = 10.0
 SIZE = 1024 * 1024
 PROMPT = "A fine film."
 
@@ -86,13 +86,6 @@ def serving(settings: Settings, model_path: Path) -> Iterator[Served]:
     finally:
         with pytest.raises(StopIteration):
             next(server)
-
-
-def eventually(is_so: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + SEEN_S
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
 
 
 def answers(served: Served, seconds: float) -> int:

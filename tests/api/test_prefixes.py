@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-import time
 import warnings
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.byte_model import HIDDEN, LAYERS
 from tests.conftest import NAME, NATIVE, Served, native
+from tests.waiting import eventually
 
 PROBLEM = "application/problem+json"
 
@@ -224,10 +224,7 @@ def test_delete_frees_memory_and_refuses_the_active_version(served: Served) -> N
     assert_problem(served.http.get("/v1/prefixes/deleted"), 404)
     assert_problem(served.http.delete("/v1/prefixes/deleted"), 404)
     assert served.generate("x", "deleted").status_code == 404
-    deadline_s = time.monotonic() + 5
-    while any(served.state.engine.residency(f"default/{digest}") != "cold" for digest in digests):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+    eventually(lambda: {served.state.engine.residency(f"default/{digest}") for digest in digests} == {"cold"})
 
 
 def test_running_request_finishes_on_its_deleted_version(served: Served) -> None:

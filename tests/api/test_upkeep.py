@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,8 @@ from server.api.upkeep import RESIDENTS_FILE
 from server.model_files import ModelFiles
 from server.start import make_state
 from tests.conftest import NAME, Served, native, serve_in_thread, settings_for
+from tests.waiting import eventually
 
-SEEN_S = 5.0
 ONE_PREFIX = 4096  # bytes on the device of a prefix in a block of 16 tokens
 
 
@@ -34,10 +33,7 @@ def residency(served: Served, task: str) -> str:
 
 
 def eventually_resident(served: Served, task: str) -> None:
-    deadline_s = time.monotonic() + SEEN_S
-    while residency(served, task) != "resident":
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    eventually(lambda: residency(served, task) == "resident")
 
 
 def test_what_was_resident_is_loaded_again_the_hottest_first(model_path: Path, tmp_path: Path) -> None:

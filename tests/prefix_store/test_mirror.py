@@ -18,7 +18,9 @@ from prefix_store.store import PrefixStore
 from prefix_store.tenants import Tenant
 from tests.prefix_store.redis_process import RedisProcess
 from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, publish
+from tests.waiting import eventually
 
+TIMEOUT_S = 1.5
 OpenMirror = Callable[..., Mirror]
 
 
@@ -27,8 +29,10 @@ def open_mirror(redis_process: RedisProcess, tmp_path: Path) -> Iterator[OpenMir
     """Redis is there again at the end."""
     opened: list[Mirror] = []
 
-    def open_one(name: str, **options: float) -> Mirror:
-        opened.append(Mirror(RedisRegistry(redis_process.url, timeout_s=1.5), tmp_path / f"{name}.sqlite", **options))
+    def open_one(name: str, timeout_s: float = TIMEOUT_S, **options: float) -> Mirror:
+        opened.append(
+            Mirror(RedisRegistry(redis_process.url, timeout_s=timeout_s), tmp_path / f"{name}.sqlite", **options)
+        )
         opened[-1].start()
         return opened[-1]
 
@@ -43,27 +47,17 @@ def store_of(mirror: Mirror, tmp_path: Path) -> PrefixStore:
     return PrefixStore(mirror, Blobs(tmp_path / "blobs"), SHAPE)
 
 
-def eventually(is_so: Callable[[], object], within_s: float = 5.0) -> float:
-    started_s = time.monotonic()
-    while not is_so():
-        assert time.monotonic() - started_s < within_s, "it did not become so in time"
-        time.sleep(0.005)
-    return time.monotonic() - started_s
-
-
 def test_flip_is_seen_by_both(open_mirror: OpenMirror, tmp_path: Path) -> None:
     one, two = (store_of(open_mirror(name), tmp_path) for name in ("one", "two"))
     for seed in (1, 2):
         publish(one, "t", seed)
     eventually(lambda: two.has_task(OURS, "t"))
-    waits = []
     for i in range(20):
         here, there = (one, two) if i % 2 else (two, one)
         version = 1 + i % 2
         here.activate(OURS, "t", str(version))
         assert here.resolve(OURS, "t").version == version
-        waits.append(eventually(lambda: there.resolve(OURS, "t").version == version))  # noqa: B023
-    assert sorted(waits)[10] < 0.25
+        eventually(lambda: there.resolve(OURS, "t").version == version)  # noqa: B023
     one.delete_task(OURS, "t")
     eventually(lambda: not two.has_task(OURS, "t"))
 
@@ -98,18 +92,18 @@ def test_reads_go_on_without_redis_and_catch_up_with_it(
         stop()
         eventually(lambda: one.is_degraded and two.is_degraded)
         started_s = time.monotonic()
-        for each in (store, other):
+        for each in (store, other) * 10:
             assert each.resolve(OURS, "t").version == 2
             assert each.list_tasks(OURS)[0].name == "t"
             assert each.load(OURS, each.resolve(OURS, "t").digest).num_virtual_tokens == 4
         assert one.get_tenant(OURS) is not None
-        assert time.monotonic() - started_s < 1
+        assert time.monotonic() - started_s < 10 * TIMEOUT_S, "they asked Redis, which hangs"
         with pytest.raises(UnavailableError):
             store.activate(OURS, "t", "1")
         with pytest.raises(UnavailableError):
             publish(store, "u", 3)
         go_on()
-        assert eventually(lambda: not (one.is_degraded or two.is_degraded)) < 5
+        eventually(lambda: not (one.is_degraded or two.is_degraded))
         current = store.get_task(OURS, "t").active
         store.activate(OURS, "t", "1")
         eventually(lambda: other.resolve(OURS, "t").version == 1)
@@ -277,20 +271,18 @@ def test_buckets_fall_to_a_replicas_part(open_mirror: OpenMirror, redis_process:
 def test_server_that_hangs_holds_one_request_only(
     open_mirror: OpenMirror, redis_process: RedisProcess, tmp_path: Path
 ) -> None:
-    mirror = open_mirror("one")
+    mirror = open_mirror("one", timeout_s=30)
     store = store_of(mirror, tmp_path)
     redis_process.stop()
     try:
         started_s = time.monotonic()
         mirror.take(OURS, "b", 1, 10, 1, time.monotonic())
-        assert time.monotonic() - started_s < 1.0
-        started_s = time.monotonic()
         for _ in range(5):
             assert mirror.take(OURS, "b", 1, 10, 1, time.monotonic()).taken
         for change in (lambda: publish(store, "t"), lambda: mirror.update_tenant(OURS, lambda _: Tenant(OURS))):
             with pytest.raises(UnavailableError, match="not followed"):
                 change()
-        assert time.monotonic() - started_s < 0.5
+        assert time.monotonic() - started_s < 15
     finally:
         redis_process.go_on()
     eventually(lambda: not mirror.is_degraded)

@@ -254,7 +254,7 @@ class TestAway:
                 registry.get_task(OURS, "t")
         finally:
             redis_process.go_on()
-        assert time.monotonic() - started_s < 5
+        assert time.monotonic() - started_s < 15
         assert registry.get_task(OURS, "t") is not None
 
     def test_acknowledged_changes_survive_a_kill_of_redis(self, tmp_path: Path) -> None:
