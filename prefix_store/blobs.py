@@ -95,9 +95,11 @@ class Blobs:
 
     def delete(self, tenant: str, digest: str) -> None:
         path = self._path(tenant, digest)
-        with _named(f"delete the file of {digest[:12]}"):
-            if self._fs.exists(path):
-                self._fs.rm_file(path)
+        with (
+            _named(f"delete the file of {digest[:12]}"),
+            suppress(FileNotFoundError),
+        ):  # another deletes as well
+            self._fs.rm_file(path)
 
     def digests(self) -> dict[str, set[str]]:
         """All that is stored, by tenant."""
@@ -121,17 +123,23 @@ class Blobs:
             found = self._fs.find(self._root)
         return (str(path) for path in found)
 
+    def _listed(self, folder: str) -> list[dict[str, Any]]:
+        """An object store has no empty folders: the last file takes its folder along, at any moment."""
+        try:
+            found: list[dict[str, Any]] = self._fs.ls(folder, detail=True)
+        except FileNotFoundError:
+            return []
+        return found
+
     def _path(self, tenant: str, digest: str) -> str:
         assert is_tenant_name(tenant), "names are checked where they come in"
         return f"{self._root}/{tenant}/{digest[:2]}/{digest}{SUFFIX}"
 
     def _move_untenanted(self) -> None:
-        if not self._fs.exists(self._root):  # an object store has no empty folders
-            return
-        for folder in self._fs.ls(self._root, detail=False):
-            if not FOLDER.fullmatch(str(folder).rstrip("/").rsplit("/", 1)[-1]):
+        for folder in self._listed(self._root):
+            if not FOLDER.fullmatch(str(folder["name"]).rstrip("/").rsplit("/", 1)[-1]):
                 continue
-            for entry in self._fs.ls(folder, detail=True):  # a tenant may have such a name, its folders are no files
+            for entry in self._listed(folder["name"]):  # a tenant may have such a name, its folders are no files
                 name = str(entry["name"]).rsplit("/", 1)[-1]
                 if entry["type"] != "file" or not name.endswith(SUFFIX):
                     continue

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -64,6 +66,22 @@ def test_sweep_leaves_parts_that_may_still_be_written(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {".part-new", f"{DIGEST}.safetensors"}
     blobs.sweep()
     assert {path.name for path in folder.iterdir()} == {f"{DIGEST}.safetensors"}
+
+
+def test_two_that_delete_the_same_file_are_both_content(tmp_path: Path) -> None:
+    blobs, together = [Blobs(tmp_path) for _ in range(2)], threading.Barrier(2)
+
+    def delete(own: Blobs, digest: str) -> None:
+        together.wait()
+        own.delete("ours", digest)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(200):
+            digest = blobs[0].put("ours", BODY)
+            deleting = [pool.submit(delete, own, digest) for own in blobs]
+            for each in deleting:
+                each.result()
+            assert not blobs[0].exists("ours", digest)
 
 
 @pytest.mark.parametrize("tenant", ["..", "", "a/b", "A"])

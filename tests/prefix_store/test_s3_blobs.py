@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -68,6 +69,24 @@ def test_a_store_publishes_loads_and_deletes(root: str, tmp_path: Path) -> None:
     assert loaded.embeddings.equal(soft(1).embeddings)
     again.delete_task(OURS, "films")
     assert Blobs(root).digests() == {}
+
+
+def test_a_replica_opens_while_the_only_file_comes_and_goes(root: str) -> None:
+    """The folder is there only with the file."""
+    other, is_done = Blobs(root), threading.Event()
+
+    def come_and_go() -> None:
+        while not is_done.is_set():
+            other.delete(OURS, other.put(OURS, BODY))
+
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(come_and_go)
+        try:
+            for _ in range(100):
+                Blobs(root)
+        finally:
+            is_done.set()
+        changing.result()
 
 
 def test_rubbish_is_collected_while_uploads_go_on(root: str, redis_process: RedisProcess) -> None:
