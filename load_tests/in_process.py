@@ -15,8 +15,8 @@ from prefix_store.prefix import ModelShape, Prefix
 from server.engine.batch import batch_of
 from server.engine.cpu_kernels import load_kernels
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
-from server.engine.kv_blocks import KVBlocks, block_bytes
+from server.engine.engine import Engine
+from server.engine.kv_blocks import KVBlocks, block_bytes, split_pool
 from server.engine.model_runner import ModelRunner, load_model, measure_shape
 from server.engine.sampler import sample
 from server.engine.sampling_params import SamplingParams

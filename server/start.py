@@ -34,9 +34,9 @@ from server.api.state import AppState
 from server.config import Settings, is_loopback
 from server.engine.async_engine import AsyncEngine
 from server.engine.cpu_kernels import CpuKernels, load_kernels
-from server.engine.engine import Engine, split_pool
+from server.engine.engine import Engine
 from server.engine.errors import ModelRefusedError
-from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes
+from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes, split_pool
 from server.engine.model_runner import ModelRunner, load_model, measure_shape, native_dtype
 from server.engine.self_check import self_check
 from server.engine.threads import use_one_thread, workers

@@ -15,8 +15,8 @@ from prefix_store.prefix import Layers, ModelShape, Prefix
 from server.engine import batch
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, StepOutput, split_pool
-from server.engine.kv_blocks import KVBlocks
+from server.engine.engine import Engine, StepOutput
+from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_runner import ModelRunner, load_model, measure_shape
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sampling_params import SamplingParams

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 from prefix_store.prefix import Layers, ModelShape, Prefix
 from server.engine.attention import NAME
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
-from server.engine.kv_blocks import KVBlocks, prefix_blocks
+from server.engine.engine import Engine
+from server.engine.kv_blocks import KVBlocks, prefix_blocks, split_pool
 from server.engine.model_families import prepare
 from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.sampling_params import SamplingParams

@@ -15,8 +15,8 @@ from prefix_store.errors import in_full
 from prefix_store.prefix import Prefix
 from server.engine.batch import batch_of
 from server.engine.cached_blocks import CachedBlocks
-from server.engine.errors import EngineError, GenerationError, PromptTooLongError
-from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, block_bytes, num_blocks_for, prefix_blocks
+from server.engine.errors import EngineError, GenerationError, PrefixFaultError, PromptTooLongError
+from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, block_bytes, prefix_blocks
 from server.engine.model_runner import ModelRunner
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.resident_prefixes import ResidentPrefixes
@@ -186,7 +186,11 @@ class Engine:
             row.is_encoded = True
         for resident in prefixes:
             self.charge(resident.asked_by, resident.num_scheduled_tokens)
-            self.residents.advance(resident)
+            if kv_blocks.is_finite(resident.scheduled_blocks):
+                self.residents.advance(resident)
+            else:  # what is there once may stand behind another's tokens later
+                fault = PrefixFaultError("its keys and values must be finite, got NaN or infinity")
+                self._finished_loads.put((resident, fault))  # the next step tells those who wait
         return [self._append_or_fail(sequence, chosen) for sequence, chosen in zip(sampled, samples, strict=True)]
 
     def _run_alone(
@@ -293,9 +297,3 @@ class Engine:
         if error is not None:
             self.runner.kv_blocks.clear(resident.block_table)
         self.residents.finish_load(resident, error)
-
-
-def split_pool(kv_tokens: int, prefix_tokens: int) -> tuple[int, int]:
-    """Blocks of the whole pool (with the null block) and of its prefix part."""
-    num_prefix_blocks = num_blocks_for(prefix_tokens)
-    return 1 + num_prefix_blocks + num_blocks_for(kv_tokens), num_prefix_blocks

@@ -73,6 +73,9 @@ class KVBlocks:
         keys = (block_tables[:, None, :] * self.num_kv_heads + heads).reshape(-1)
         return torch.cat((keys, keys + self.num_blocks * self.num_kv_heads)).to(self.device)
 
+    def is_finite(self, block_ids: list[int]) -> bool:
+        return bool(torch.isfinite(self.kv.index_select(2, torch.tensor(block_ids, device=self.device))).all())
+
     def clear(self, block_ids: list[int]) -> None:
         """Zero blocks that may hold values that are not finite: a masked key's weight is 0, and 0 * NaN is NaN."""
         self.kv.index_fill_(2, torch.tensor(block_ids, device=self.device), 0)
@@ -113,6 +116,12 @@ class BlockAllocator:
 
 def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE)
+
+
+def split_pool(kv_tokens: int, prefix_tokens: int) -> tuple[int, int]:
+    """Blocks of the whole pool (with the null block) and of its prefix part."""
+    num_prefix_blocks = num_blocks_for(prefix_tokens)
+    return 1 + num_prefix_blocks + num_blocks_for(kv_tokens), num_prefix_blocks
 
 
 def block_bytes(shape: ModelShape) -> int:

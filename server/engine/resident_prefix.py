@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from prefix_store.prefix import PARTS
-from server.engine.kv_blocks import num_blocks_for
+from server.engine.kv_blocks import BLOCK_SIZE, num_blocks_for
 from server.engine.sequence import PrefixRef
 
 
@@ -48,6 +48,12 @@ class ResidentPrefix:
         if layout.kind == "soft" and not layout.stays_embeddings:
             return 0
         return layout.num_decoder_tokens + layout.num_encoder_tokens + layout.num_cross_tokens
+
+    @property
+    def scheduled_blocks(self) -> list[int]:
+        """Where this step writes."""
+        end = self.num_computed_tokens + self.num_scheduled_tokens
+        return self.block_table[self.num_computed_tokens // BLOCK_SIZE : num_blocks_for(end)]
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from prefix_store.prefix import Prefix
 from server.engine.attention import NAME
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, StepOutput, split_pool
-from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes
+from server.engine.engine import Engine, StepOutput
+from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes, split_pool
 from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, Layout, PrefixRef, Sequence

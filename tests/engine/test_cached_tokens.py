@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from prefix_store.prefix import ModelShape, Prefix
 from server.engine.attention import NAME
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
+from server.engine.engine import Engine
 from server.engine.errors import GenerationError
-from server.engine.kv_blocks import KVBlocks
+from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence

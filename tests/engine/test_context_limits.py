@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Phi3Config
 from prefix_store.prefix import Layers, ModelShape, Prefix
 from server.engine.context_limits import check_context
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
+from server.engine.engine import Engine
 from server.engine.errors import PromptTooLongError
-from server.engine.kv_blocks import KVBlocks
+from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_runner import ModelRunner, load_model, measure_shape, model_class
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence

@@ -14,10 +14,10 @@ from server.engine import batch
 from server.engine.attention import NAME
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
-from server.engine.errors import GenerationError
+from server.engine.engine import Engine
+from server.engine.errors import GenerationError, PrefixLoadError
 from server.engine.fused_modules import fuse_modules
-from server.engine.kv_blocks import KVBlocks
+from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_families import prepare
 from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.reordered_weights import reorder_weights
@@ -26,7 +26,7 @@ from server.engine.sequence import Composition, PrefixRef, Sequence
 from tests.cases import WholeSteps
 from tests.tiny_models import FAMILIES, SEQ2SEQ_FAMILIES, letter_tokenizer, seq2seq_model
 
-GOOD, BAD = "good", "bad"
+GOOD, BAD, SOFT = "good", "bad", "bad and soft"
 
 
 def make_prefix(shape: ModelShape, value: float) -> Prefix:
@@ -37,6 +37,13 @@ def make_prefix(shape: ModelShape, value: float) -> Prefix:
     if not shape.is_encoder_decoder:
         return Prefix("kv", layers)
     return Prefix("kv", layers, encoder=layers, is_seq2seq=True)
+
+
+def make_prefixes(shape: ModelShape) -> dict[str, Prefix]:
+    """Those of 5 tokens, and a soft prompt of 9."""
+    embeddings = torch.full((9, shape.hidden_size), float("nan"))
+    soft = Prefix("soft", embeddings=embeddings, is_seq2seq=shape.is_encoder_decoder)
+    return {GOOD: make_prefix(shape, 1.0), BAD: make_prefix(shape, float("nan")), SOFT: soft}
 
 
 @pytest.fixture(params=["plain", "shared", "kernels", "kernels-shared"])
@@ -62,7 +69,7 @@ def engine(request: pytest.FixtureRequest, way: str, kernels: CpuKernels) -> Eng
         reorder_weights(model)
         fuse_modules(model, used)
     shape = measure_shape(model, "tiny", "none")
-    prefixes = {GOOD: make_prefix(shape, 1.0), BAD: make_prefix(shape, float("nan"))}
+    prefixes = make_prefixes(shape)
     num_blocks, num_prefix_blocks = split_pool(20 * 16, 8 * 16)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu"), used))
     return WholeSteps(
@@ -71,7 +78,7 @@ def engine(request: pytest.FixtureRequest, way: str, kernels: CpuKernels) -> Eng
 
 
 def make_sequence(engine: Engine, request_id: str, num_tokens: int, *members: str) -> Sequence:
-    kinds = {name: make_prefix(engine.runner.shape, 1.0).layout for name in (GOOD, BAD)}
+    kinds = {name: prefix.layout for name, prefix in make_prefixes(engine.runner.shape).items()}
     behind: list[Composition] = [() if name == "bare" else (PrefixRef(name, kinds[name]),) for name in members]
     prompt = [3 + i % 90 for i in range(num_tokens)]
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
@@ -129,6 +136,21 @@ def test_whoever_gets_a_failed_rows_blocks_is_not_hurt(engine: Engine, alone: li
         engine.abort(BAD)
     while engine.has_work:
         engine.step()
+    answers, errors = run(engine, *(make_sequence(engine, name, 30, name) for name in (GOOD, "bare")))
+    assert not errors
+    assert answers == alone
+
+
+def test_a_soft_prompt_whose_keys_are_not_finite_is_not_loaded_and_leaves_nothing(
+    engine: Engine, alone: list[list[int]]
+) -> None:
+    """Blocks come back last in, first out; the good prefix's last block is partly what the bad one left there."""
+    if engine.runner.shape.is_encoder_decoder:
+        pytest.skip("its soft prompts have no keys of their own")
+    assert engine.residents.evict(GOOD)
+    answers, errors = run(engine, make_sequence(engine, SOFT, 30, SOFT))
+    assert (answers, type(errors[SOFT])) == ([[]], PrefixLoadError)
+    assert "finite" in str(errors[SOFT])
     answers, errors = run(engine, *(make_sequence(engine, name, 30, name) for name in (GOOD, "bare")))
     assert not errors
     assert answers == alone

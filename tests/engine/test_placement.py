@@ -17,8 +17,7 @@ from server.engine import engine as engine_module
 from server.engine.attention import NAME
 from server.engine.batch import AttentionGroup, Batch
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import split_pool
-from server.engine.kv_blocks import KVBlocks
+from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_families import prepare
 from server.engine.model_runner import ModelRunner, measure_shape, model_class
 from server.engine.sampling_params import SamplingParams

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from prefix_store.prefix import ModelShape, Prefix
 from server.engine.attention import NAME
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, StepOutput, split_pool
+from server.engine.engine import Engine, StepOutput
 from server.engine.errors import PinnedRoomError, PrefixLoadError
-from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks
+from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, split_pool
 from server.engine.model_families import prepare
 from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.sampling_params import SamplingParams

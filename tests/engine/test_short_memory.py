@@ -15,9 +15,9 @@ from server.engine import engine as engine_module
 from server.engine.attention import NAME
 from server.engine.batch import Batch
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
+from server.engine.engine import Engine
 from server.engine.errors import EngineError, GenerationError, PrefixLoadError
-from server.engine.kv_blocks import KVBlocks
+from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.sampler import Sample
 from server.engine.sampling_params import SamplingParams

@@ -12,10 +12,10 @@ from prefix_store.prefix import Prefix
 from server.engine.attention import NAME
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import Engine, split_pool
+from server.engine.engine import Engine
 from server.engine.errors import GenerationError, PrefixLoadError
 from server.engine.fused_modules import fuse_modules
-from server.engine.kv_blocks import KVBlocks
+from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_runner import ModelRunner, measure_shape
 from server.engine.reordered_weights import reorder_weights
 from server.engine.sampling_params import SamplingParams
