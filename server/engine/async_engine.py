@@ -225,7 +225,7 @@ class AsyncEngine:
         return block_bytes(self.shape)
 
     def _is_loading(self, key: str) -> bool:
-        failure = self._engine.residents.failure(key)
+        failure = self._engine.residents.failures.get(key)
         if failure is not None:
             raise failure
         return self.residency(key) == "loading"

@@ -8,16 +8,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from prefix_store.errors import UnavailableError
 from prefix_store.prefix import Layout
-from server.engine.errors import EngineError, PinnedRoomError, PrefixAwayError, PrefixFaultError, PrefixLoadError
+from server.engine.errors import PinnedRoomError, PrefixFaultError
 from server.engine.kv_blocks import BlockAllocator
 from server.engine.recent_evictions import RecentEvictions
+from server.engine.recent_failures import RecentFailures
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.resident_shares import Need, ResidentShares
 from server.engine.sequence import PrefixRef
 
-FAILED_LOAD_REMEMBERED_S = 10.0
 PATIENCE_S = 1.0  # for which one task's requests may go on past those of a cold one of the same tenant
 
 
@@ -55,8 +54,8 @@ class ResidentPrefixes:
         self._residents: OrderedDict[str, ResidentPrefix] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
         self._leaving: set[str] = set()  # that nobody new may hold
-        self._failures: dict[str, tuple[float, type[EngineError], str]] = {}  # key -> (when, what, why)
         self._evictions = RecentEvictions()
+        self.failures = RecentFailures()
         self.computing: list[ResidentPrefix] = []
         self.counts = ResidencyCounts()
 
@@ -156,11 +155,7 @@ class ResidentPrefixes:
             self.counts.load_s += time.monotonic() - resident.started_s
             return
         self.counts.num_failed_loads += 1
-        why = f"prefix {resident.ref.digest[:12]} could not be loaded: {error}"
-        kind = PrefixAwayError if isinstance(error, UnavailableError) else PrefixLoadError
-        now = time.monotonic()
-        self._failures = {key: each for key, each in self._failures.items() if _is_remembered(each[0], now)}
-        self._failures[resident.ref.key] = (now, kind, why)
+        self.failures.add(resident.ref.key, resident.ref.digest, error)
         self._drop(resident)
 
     def advance(self, resident: ResidentPrefix) -> None:
@@ -179,14 +174,6 @@ class ResidentPrefixes:
         self._drop(resident)
         self.counts.num_evictions += 1
         return True
-
-    def failure(self, key: str) -> EngineError | None:
-        """The remembered failure of a load, for 10 s."""
-        found = self._failures.get(key)
-        if found is None:
-            return None
-        when, kind, why = found
-        return kind(why) if _is_remembered(when, time.monotonic()) else None
 
     def get(self, key: str) -> ResidentPrefix | None:
         return self._residents.get(key)
@@ -226,7 +213,7 @@ class ResidentPrefixes:
         if not cold:
             return True
         for ref in cold:
-            failure = self.failure(ref.key)
+            failure = self.failures.get(ref.key)
             if failure is not None:
                 raise failure
         self._check_fit(wanted, asked_by)
@@ -301,7 +288,3 @@ class ResidentPrefixes:
         del self._residents[resident.ref.key]
         self._allocator.release(resident.block_table)
         self._shares.remove(resident.ref.tenant_id, len(resident.block_table))
-
-
-def _is_remembered(failed_s: float, now_s: float) -> bool:
-    return now_s - failed_s <= FAILED_LOAD_REMEMBERED_S

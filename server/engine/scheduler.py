@@ -250,7 +250,7 @@ class Scheduler:
         lost = next((r for r in held if self._residents.get(r.ref.key) is not r), None)
         if lost is not None:  # its load failed
             self._release_prefixes(sequence)
-            failure = self._residents.failure(lost.ref.key)
+            failure = self._residents.failures.get(lost.ref.key)
             if failure is not None:
                 raise failure
         elif held:
