@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,8 +12,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def fetch_model(name: str | None, revision: str | None = None, report: Report = 
     if name is None or name == DEFAULT_MODEL_NAME:
         path = default_model_path()
         if not (path / "config.json").is_file():
-            _fetch_default(path, report)
+            with _alone(report):
+                if not (path / "config.json").is_file():  # as it is where another process fetched it meanwhile
+                    _fetch_default(path, report)
     return find_model(name, revision)
 
 
@@ -131,6 +134,19 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelFilesError(f"the hub's {name} could not be fetched: {error}") from error
+
+
+@contextmanager
+def _alone(report: Report) -> Iterator[None]:
+    """While no other process on this cache fetches. The system lets go of the lock of one that was killed."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with (cache_dir() / "fetching.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another process that fetches the model", None)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _fetch_default(path: Path, report: Report) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from prefix_store.blobs import Blobs
-from prefix_store.errors import UnavailableError
+from prefix_store.errors import StorageFullError, UnavailableError, in_full
 from prefix_store.local_files import CONFIG, peft_files
 from prefix_store.mirror import Mirror
 from prefix_store.prefix import ModelShape
@@ -173,11 +173,15 @@ def run(settings: Settings, console: Console, examples: Path | None = None) -> N
 
 
 def publish_examples(store: PrefixStore, folder: Path) -> None:
-    """Every PEFT folder in `folder` as a task of its name, unless there is a task of that name already."""
+    """Every PEFT folder in `folder` as a task of its name, unless there is a task of that name already. The server
+    starts without those that cannot be stored now."""
     for path in sorted(folder.iterdir()):
         if (path / CONFIG).is_file() and not store.has_task(DEFAULT_TENANT, path.name):
             prefix = store.parse_peft(*peft_files(path))
-            store.publish(DEFAULT_TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
+            try:
+                store.publish(DEFAULT_TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
+            except (UnavailableError, StorageFullError) as error:
+                log.warning("example_not_published", task=path.name, reason=in_full(error))
 
 
 def _set_up_logs(log_json: bool) -> None:

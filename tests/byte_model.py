@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -40,3 +42,11 @@ def save_byte_model(path: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+def save_prompt(path: Path) -> None:
+    """A soft prompt for it, saved as PEFT saves one."""
+    path.mkdir(parents=True)
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    (path / "adapter_model.safetensors").write_bytes(save({"prompt_embeddings": torch.randn(4, HIDDEN)}))

@@ -88,7 +88,7 @@ def test_warm_and_mixed_requests_answer_as_alone(roomy: Program, alone: list[lis
 
 def test_evicted_and_preempted_requests_answer_as_alone(alone: list[list[int]], tmp_path: Path) -> None:
     """Room for 4 prefixes, 16 tasks in turn; KV memory for a few rows of the 36 that come at once."""
-    room = ["--prefix-bytes", str(4 * 2 * BLOCK_BYTES), "--kv-bytes", str(8 * BLOCK_BYTES)]
+    room = ["--prefix-bytes", str(4 * 2 * BLOCK_BYTES), "--kv-bytes", str(8 * BLOCK_BYTES), "--max-queue-s", "600"]
     with running(tmp_path / "data", "--dtype", "float32", *room) as program:
         upload_tasks(program)
         asked = requests()

@@ -179,8 +179,8 @@ class AsyncEngine:
 
     async def pin(self, ref: PrefixRef) -> None:
         """Make a prefix resident and keep it so."""
-        await self._call(lambda: self._engine.residents.pin(ref.key))  # first, so that no step evicts it in between
         try:
+            await self._call(lambda: self._engine.residents.pin(ref.key))  # first, so that no step evicts it in between
             await self.preload((ref,))
         except BaseException:
             self._calls.put(lambda: self._engine.residents.unpin(ref.key))
@@ -277,7 +277,7 @@ class AsyncEngine:
                 else:
                     call = self._calls.get_nowait()
                 while call is not None:
-                    call()
+                    self._take(call)
                     call = self._calls.get_nowait()
                 return
             except queue.Empty:
@@ -289,6 +289,12 @@ class AsyncEngine:
                 outputs = self._engine.fail_all(GenerationError(f"the step failed: {error}"))
             if outputs:
                 self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _take(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:  # of what nobody waits for, as an abort
+            log.exception("call_failed")
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         now = time.monotonic()

@@ -186,12 +186,17 @@ class Engine:
             row.is_encoded = True
         for resident in prefixes:
             self.charge(resident.asked_by, resident.num_scheduled_tokens)
-            if kv_blocks.is_finite(resident.scheduled_blocks):
-                self.residents.advance(resident)
-            else:  # what is there once may stand behind another's tokens later
-                fault = PrefixFaultError("its keys and values must be finite, got NaN or infinity")
-                self._finished_loads.put((resident, fault))  # the next step tells those who wait
+            self._advance(resident)
         return [self._append_or_fail(sequence, chosen) for sequence, chosen in zip(sampled, samples, strict=True)]
+
+    def _advance(self, resident: ResidentPrefix) -> None:
+        try:
+            if not self.runner.kv_blocks.is_finite(resident.scheduled_blocks):  # they may be another's later
+                raise PrefixFaultError("its keys and values must be finite, got NaN or infinity")
+        except Exception as error:  # also when memory is short
+            self._finished_loads.put((resident, error))  # the next step tells those who wait
+        else:
+            self.residents.advance(resident)
 
     def _run_alone(
         self, sequences: list[Sequence], prefixes: list[ResidentPrefix], error: Exception
@@ -294,6 +299,8 @@ class Engine:
             self._finish_load(resident, error)
 
     def _finish_load(self, resident: ResidentPrefix, error: Exception | None) -> None:
+        if self.residents.get(resident.ref.key) is not resident:
+            return  # it failed meanwhile, with all others
         if error is not None:
             self.runner.kv_blocks.clear(resident.block_table)
         self.residents.finish_load(resident, error)

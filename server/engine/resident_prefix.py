@@ -18,8 +18,9 @@ class ResidentPrefix:
     """A prefix's place in the pool, loaded for the tenant `asked_by`. `ref_count` counts rows, running or waiting, that
     hold it.
 
-    `partial_layers` names, of KV parts that are for some layers only, those layers. `embeddings` are a soft prompt's,
-    on the device: for good where they stay embeddings, else until the model has computed their K and V.
+    `was_used` once a row has started behind it. `partial_layers` names, of KV parts that are for some layers only,
+    those layers. `embeddings` are a soft prompt's, on the device: for good where they stay embeddings, else until the
+    model has computed their K and V.
     """
 
     ref: PrefixRef
@@ -27,6 +28,7 @@ class ResidentPrefix:
     asked_by: str = ""
     state: Literal["loading", "ready"] = "loading"
     ref_count: int = 0
+    was_used: bool = False
     partial_layers: dict[str, frozenset[int]] = field(default_factory=dict)
     embeddings: torch.Tensor | None = None
     num_computed_tokens: int = 0  # of a soft prompt, whose K and V are in the pool

@@ -111,6 +111,8 @@ class ResidentPrefixes:
         """
         wanted = {ref.key: ref for ref in refs}
         need = self._need(wanted)
+        if not need.cold:  # it waits for what is leaving
+            return False
         is_due = self._shares.is_due(need)
         if not is_due and waited_s < PATIENCE_S:
             return False
@@ -118,6 +120,7 @@ class ResidentPrefixes:
             resident
             for key, resident in self._residents.items()
             if resident.ref_count
+            and resident.state == "ready"
             and not (key in wanted or key in self._pinned)
             and (resident.ref.tenant_id in need.cold) is not is_due
         ]
@@ -125,9 +128,9 @@ class ResidentPrefixes:
         self._leaving.update(resident.ref.key for resident in victims or ())
         return is_due
 
-    def is_claimed(self, held: Collection[ResidentPrefix]) -> bool:
-        """Whether one of them has to go."""
-        return bool(self._leaving) and any(resident.ref.key in self._leaving for resident in held)
+    def claimed(self, held: Collection[ResidentPrefix]) -> list[ResidentPrefix]:
+        """Of them, those that have to go."""
+        return [resident for resident in held if resident.ref.key in self._leaving] if self._leaving else []
 
     def pin(self, key: str) -> None:
         resident = self._residents.get(key)

@@ -96,8 +96,10 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self._free_blocks(sequence)
-        self._release_prefixes(sequence)
+        try:
+            self._free_blocks(sequence)
+        finally:
+            self._release_prefixes(sequence)
 
     @property
     def num_running_rows(self) -> int:
@@ -170,10 +172,11 @@ class Scheduler:
         for sequence in self.waiting.in_turn(num_rows):
             tenant_id = sequence.tenant_id
             is_asking = may_load and tenant_id not in short
+            may_start = can_start and tenant_id not in full and self._has_row(sequence, num_rows)
             waited_s = now - sequence.arrival_s
             try:
                 self.check_rows(sequence)
-                is_held = self._hold_prefixes(sequence, is_asking)
+                is_held = self._hold_prefixes(sequence, is_asking, may_start)
             except EngineError as error:
                 failed.append((sequence, error))
                 continue
@@ -223,6 +226,11 @@ class Scheduler:
             )
         return QueueTimeoutError(f"waited {waited_s:.1f} s for a place, {rest}")
 
+    def _has_row(self, sequence: Sequence, num_rows: Counter[str]) -> bool:
+        """Beside those that run, by tenant."""
+        is_within = num_rows.total() + len(sequence.rows) <= self.max_rows
+        return is_within and self._may_run(sequence, num_rows[sequence.tenant_id])
+
     def _may_run(self, sequence: Sequence, num_rows: int) -> bool:
         """Beside `num_rows` of its tenant. One alone may: it was within the limit when it started, if not any more."""
         max_rows = self._policies.of(sequence.tenant_id).max_rows
@@ -235,6 +243,8 @@ class Scheduler:
             row.block_table += self._own_blocks.allocate(num_blocks_for(len(row.token_ids)) - len(row.block_table))
             row.cross_table = self._own_blocks.allocate(num_blocks_for(len(row.encoder_ids)))
             row.num_scheduled_tokens = count
+            for resident in row.residents:
+                resident.was_used = True
         if sequence.started_s is None:
             sequence.started_s = now
             num_reused = min(row.num_computed_tokens for row in sequence.rows)
@@ -244,8 +254,11 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
 
-    def _hold_prefixes(self, sequence: Sequence, may_load: bool) -> bool:
-        """Whether all prefixes of all rows are held, loaded or on their way. Raises the reason if one cannot be."""
+    def _hold_prefixes(self, sequence: Sequence, may_load: bool, may_start: bool) -> bool:
+        """Whether all prefixes of all rows are held, loaded or on their way. Raises the reason if one cannot be.
+
+        What another claims is given back, but not in the step in which it can be used for the first time: two that do
+        not fit together would load by turns and never start."""
         held = [resident for row in sequence.rows for resident in row.residents]
         lost = next((r for r in held if self._residents.get(r.ref.key) is not r), None)
         if lost is not None:  # its load failed
@@ -254,7 +267,10 @@ class Scheduler:
             if failure is not None:
                 raise failure
         elif held:
-            if sequence.started_s is not None or not self._residents.is_claimed(held):
+            claimed = self._residents.claimed(held)
+            if sequence.started_s is not None or not claimed:
+                return True
+            if may_start and not any(resident.was_used for resident in claimed):
                 return True
             self._release_prefixes(sequence)
         found = self._residents.acquire(sequence.prefixes, asked_by=sequence.tenant_id, may_load=may_load)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from prefix_store.errors import StorageFullError
@@ -18,7 +19,8 @@ from server.api import upkeep
 from server.cli import app
 from server.config import Settings
 from server.model_files import ModelFiles
-from server.start import make_state, open_registry
+from server.start import make_state, open_registry, publish_examples
+from tests.byte_model import save_prompt
 from tests.conftest import NAME, Served, native, serve_in_thread, settings_for
 from tests.prefix_store.redis_process import RedisProcess
 from tests.waiting import eventually
@@ -182,6 +184,24 @@ def test_start_on_a_full_disk(kind: str, disk: SmallDisk, redis: RedisProcess, m
         disk.free()
         eventually(lambda: served.put("t", native(2)).status_code == 201)
     other.close()
+
+
+def test_examples_that_find_no_room_do_not_end_the_start(disk: SmallDisk, model_path: Path, tmp_path: Path) -> None:
+    for task in ("t", "u", "v"):
+        save_prompt(tmp_path / "examples" / task)
+    with serving(settings_for(disk.path), model_path) as served:
+        assert served.put("t", native(1)).status_code == 201
+        disk.fill()
+        with capture_logs() as logs:
+            publish_examples(served.state.store, tmp_path / "examples")
+        refused = [(line["task"], line["reason"]) for line in logs if line["event"] == "example_not_published"]
+        assert [task for task, _ in refused] == ["u", "v"]
+        assert all("No space left" in reason for _, reason in refused)
+        answers(served, 0.3)
+        disk.free()
+        publish_examples(served.state.store, tmp_path / "examples")
+        for task in ("u", "v"):
+            assert served.generate(PROMPT, task, max_new_tokens=1).status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])

@@ -11,7 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from server.model_files import ModelFiles
-from server.start import make_state, open_registry
+from server.start import make_state, open_registry, publish_examples
+from tests.byte_model import save_prompt
 from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for
 from tests.prefix_store.redis_process import RedisProcess
 from tests.waiting import eventually
@@ -118,6 +119,28 @@ def test_known_tasks_answer_while_changes_wait_for_a_hanging_redis(
         assert not any(change.done() for change in waiting)
         redis.go_on()
         assert {change.result().status_code for change in waiting} == {200}
+
+
+def test_examples_that_redis_does_not_have_yet_do_not_end_a_start_without_it(
+    redis: RedisProcess, model_path: Path, tmp_path: Path
+) -> None:
+    save_prompt(tmp_path / "examples" / "t")
+    with replica(tmp_path, redis.url, model_path, "one") as one:
+        publish_examples(one.state.store, tmp_path / "examples")
+    redis.kill()
+    for task in ("u", "v"):
+        save_prompt(tmp_path / "examples" / task)
+    with replica(tmp_path, redis.url, model_path, "one") as one:
+        with capture_logs() as logs:
+            publish_examples(one.state.store, tmp_path / "examples")
+        refused = [(line["task"], line["reason"]) for line in logs if line["event"] == "example_not_published"]
+        assert [task for task, _ in refused] == ["u", "v"]
+        assert all("the registry is not followed" in reason for _, reason in refused)
+        assert [version(one, task) for task in ("t", "u", "v")] == ["1", 404, 404]
+        redis.start()
+        eventually(lambda: one.http.get("/readyz").json()["registry"] == "ok")
+        publish_examples(one.state.store, tmp_path / "examples")
+        assert [version(one, task) for task in ("t", "u", "v")] == ["1", "1", "1"]
 
 
 def logged_at_start(redis: RedisProcess, data_dir: Path) -> list[tuple[object, object]]:

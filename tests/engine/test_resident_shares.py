@@ -185,6 +185,43 @@ def test_who_waits_for_its_own_prefixes_does_not_keep_others_from_loading(model:
     assert waits.num_generated_tokens == 4
 
 
+@pytest.mark.parametrize("kind", ["kv", "soft"])
+@pytest.mark.parametrize("ahead", [0, 1, 3, 7])
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_two_tenants_whose_prefixes_do_not_fit_together_both_start(
+    model: Any, kind: str, ahead: int, num_blocks: int
+) -> None:
+    """A load is charged when it ends, so that just then it is the other's turn."""
+    tenants = Tenants(model, prefix_blocks=num_blocks, max_step_tokens=16)
+    num_tokens = num_blocks * BLOCK_SIZE - 5
+    tenants.engine.charge("b", ahead)
+    both = [tenants.add(name, (tenants.ref(name, name, num_tokens, kind=kind),)) for name in "ab"]
+    tenants.finish(200)
+    assert [sequence.num_generated_tokens for sequence in both] == [4, 4]
+    assert tenants.engine.residents.counts.num_loads <= 4
+
+
+def test_who_waits_for_a_prefix_that_leaves_does_not_keep_others_from_loading(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`a`, whose turn it is, claims its own prefix, which `b` wants too."""
+    monkeypatch.setattr(resident_prefixes, "PATIENCE_S", 0.0)
+    tenants = Tenants(model, prefix_blocks=10)
+    tenants.engine.policies.set("a", TenantPolicy(max_resident_bytes=tenants.block_bytes))
+    a0, a1 = refs_of(tenants, "a", 2)
+    running = tenants.add("d", (a0,), num_out=60)
+    tenants.step()
+    for tenant_id, num_tokens in (("b", 100), ("c", 200)):
+        tenants.engine.charge(tenant_id, num_tokens)
+    others = [tenants.add("a", (a1,)), tenants.add("b", (a0,))]
+    behind = tenants.add("c", (tenants.ref("c0", "c"),))
+    while behind.finish_reason is None:
+        tenants.step()
+        assert running.finish_reason is None
+    tenants.finish()
+    assert all(sequence.num_generated_tokens == 4 for sequence in others)
+
+
 def test_a_tenants_limit_evicts_its_own_and_waits_for_them(model: Any) -> None:
     tenants = Tenants(model, prefix_blocks=10)
     tenants.engine.policies.set("a", TenantPolicy(max_resident_bytes=2 * tenants.block_bytes + 1))

@@ -252,11 +252,16 @@ def test_a_prefix_that_finds_no_memory_fails_its_own_rows(
     assert asked.engine.residents.counts.num_failed_loads == 1
 
 
+@pytest.mark.parametrize("place", ["computing", "checking"])
 def test_a_soft_prompt_that_finds_no_memory_fails_its_own_rows(
-    asked: Asked, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+    asked: Asked, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     neighbours = add_neighbours(asked)
     asked.add(AT_FAULT, SOFT)
+
+    def is_finite(block_ids: list[int]) -> bool:
+        raise MemoryError
+
     make = engine_module.batch_of
 
     def batch_of(rows: list[Row], sampled: set[Row], kv_blocks: KVBlocks, computed: list[Any]) -> Batch:
@@ -264,7 +269,10 @@ def test_a_soft_prompt_that_finds_no_memory_fails_its_own_rows(
             raise MemoryError
         return make(rows, sampled, kv_blocks, computed)
 
-    monkeypatch.setattr(engine_module, "batch_of", batch_of)
+    if place == "computing":
+        monkeypatch.setattr(engine_module, "batch_of", batch_of)
+    else:
+        monkeypatch.setattr(asked.engine.runner.kv_blocks, "is_finite", is_finite)
     errors = asked.finish()
     assert {name: type(error) for name, error in errors.items()} == {AT_FAULT: PrefixLoadError}
     assert tokens(neighbours) == alone

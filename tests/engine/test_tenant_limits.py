@@ -4,6 +4,7 @@ side says by tenant."""
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -183,6 +184,49 @@ def test_who_no_longer_waits_for_the_engine_does_not_stop_it(tenants: Tenants) -
         assert not await asyncio.wait_for(engine.evict(ref.key), 5)
         assert engine.is_healthy
         assert engine.stats().num_pinned == 0
+
+    with_engine(tenants, use)
+
+
+def test_a_pin_given_up_while_the_engine_makes_it_is_not_left(tenants: Tenants) -> None:
+    async def use(engine: AsyncEngine, tokenizer: CountingTokenizer, metrics: Metrics) -> None:
+        await engine.start()
+        ref = tenants.ref("given-up", "a")
+        is_pinned, may_go_on, pin = threading.Event(), threading.Event(), tenants.engine.residents.pin
+
+        def pin_slowly(key: str) -> None:
+            pin(key)
+            is_pinned.set()
+            assert may_go_on.wait(30)
+
+        tenants.engine.residents.pin = pin_slowly  # type: ignore[method-assign]
+        pinning = asyncio.create_task(engine.pin(ref))
+        await asyncio.to_thread(is_pinned.wait, 30)
+        pinning.cancel()
+        await asyncio.wait([pinning])
+        may_go_on.set()
+        await engine.preload((ref,))
+        assert await engine.evict(ref.key)
+        assert engine.stats().num_pinned == 0
+
+    with_engine(tenants, use)
+
+
+def test_a_call_that_fails_does_not_end_the_engine(tenants: Tenants) -> None:
+    async def use(engine: AsyncEngine, tokenizer: CountingTokenizer, metrics: Metrics) -> None:
+        abort = tenants.engine.abort
+
+        def abort_and_fail(request_id: str) -> None:
+            abort(request_id)
+            if request_id == "a0":
+                raise MemoryError
+
+        tenants.engine.abort = abort_and_fail  # type: ignore[method-assign]
+        (await engine.generate([5, 6], PARAMS, ((),), "a0", "a")).abort()
+        await engine.start()
+        again = await engine.generate([5, 6], PARAMS, ((),), "a1", "a")
+        assert len(await again.rest()) == 3
+        assert engine.is_healthy
 
     with_engine(tenants, use)
 
