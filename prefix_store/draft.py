@@ -10,6 +10,7 @@ from prefix_store.ensemble import Ensemble
 from prefix_store.entries import entries_of, member_entry
 from prefix_store.errors import NotFoundError
 from prefix_store.task import Task
+from prefix_store.tenants import DEFAULT_TENANT
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Write:
     removed: tuple[tuple[str, str], ...]
     grown: Stored
     audit: tuple[AuditEntry, ...] = ()
+    needs_tenant: bool = False  # nothing is written where the tenant is gone
 
 
 class Draft:
     """`read` gives a task by name and `holders` the names of the tenant's tasks under an entry, both as they are at
-    `revision`; what was put or removed here is seen from then on. It is `by` whom the audit says."""
+    `revision`; what was put or removed here is seen from then on. It is `by` whom the audit says. `has_tenant` asks
+    the registry."""
 
     def __init__(
         self,
@@ -52,18 +55,27 @@ class Draft:
         read: Callable[[str], Task | None],
         holders: Callable[[str], list[str]],
         names: Callable[[], list[str]],
+        has_tenant: Callable[[], bool],
         by: Author = SERVER,
     ) -> None:
         self.tenant = tenant
         self.revision = revision
         self.stored = stored
         self.names = names
+        self._has_tenant = has_tenant
+        self._needs_tenant = False
         self._by = by
         self._read = read
         self._holders = holders
         self._before: dict[str, Task | None] = {}
         self._after: dict[str, Task | None] = {}
         self._audit: list[AuditEntry] = []
+
+    def check_tenant(self) -> None:
+        """The change is one of a tenant that is there, also when it is written. Raises NotFoundError."""
+        self._needs_tenant = self.tenant != DEFAULT_TENANT
+        if self._needs_tenant and not self._has_tenant():
+            raise NotFoundError(f"no tenant {self.tenant!r}")
 
     def get(self, name: str) -> Task | None:
         if name not in self._after:
@@ -125,7 +137,9 @@ class Draft:
             added += [(entry, name) for entry in sorted(new - old)]
             removed += [(entry, name) for entry in sorted(old - new)]
             grown += _stored(after) - _stored(self._before[name])
-        return Write(self.tenant, self.revision + 1, tasks, tuple(added), tuple(removed), grown, self.audit)
+        return Write(
+            self.tenant, self.revision + 1, tasks, tuple(added), tuple(removed), grown, self.audit, self._needs_tenant
+        )
 
 
 def _entries(task: Task | None) -> frozenset[str]:

@@ -158,11 +158,15 @@ class RedisRegistry(RedisAccounts, Registry):
             revision, num_versions, num_bytes = (int(found or 0) for found in pipeline.execute())
         read, holders = partial(self.get_task, tenant), partial(self._own_holders, tenant)
         stored, names = Stored(num_versions, num_bytes), partial(self._names, tenant)
-        return Draft(tenant, revision, stored, read, holders, names, by)
+        return Draft(tenant, revision, stored, read, holders, names, partial(self._has_tenant, tenant), by)
 
     def _revision(self, tenant: str) -> int:
         with self._server.answering() as client:
             return int(client.hget(keys.REVISIONS, tenant) or 0)
+
+    def _has_tenant(self, tenant: str) -> bool:
+        with self._server.answering() as client:
+            return bool(client.hexists(keys.TENANTS, tenant))
 
     def _names(self, tenant: str) -> list[str]:
         with self._server.answering() as client:
@@ -206,11 +210,19 @@ class RedisRegistry(RedisAccounts, Registry):
             "num_bytes": write.grown.num_bytes,
             "names": json.dumps(sorted(write.tasks)),
             "audit": [write_audit(entry) for entry in write.audit],
+            "needs_tenant": write.needs_tenant,
         }
         written = [keys.REVISIONS, keys.NUM_VERSIONS, keys.NUM_BYTES, keys.tasks(tenant), keys.names(tenant)]
         with self._server.answering() as client:
             outcome: str = self._commit(
-                keys=[*written, keys.ENTRIES, keys.EVENTS, keys.leases(tenant, digest), *keys.appended(tenant)],
+                keys=[
+                    *written,
+                    keys.ENTRIES,
+                    keys.EVENTS,
+                    keys.leases(tenant, digest),
+                    *keys.appended(tenant),
+                    keys.TENANTS,
+                ],
                 args=[json.dumps(change), keys.HINTS, MAX_EVENTS],
                 client=client,
             )

@@ -25,12 +25,13 @@ end
 """
 
 # KEYS: REVISIONS, NUM_VERSIONS, NUM_BYTES, tasks, names, ENTRIES, EVENTS, leases of the change's file (any key if
-#       none), AUDIT_NUMBER, audit of all, audit of the tenant
+#       none), AUDIT_NUMBER, audit of all, audit of the tenant, TENANTS
 # ARGV: the change in JSON: `tenant`, `expected` (the revision that it was decided on), `revision` (the new one),
 #       `token` (of its lease; empty: none), `documents` {name: document}, `gone` [name], `added` and `removed` [line of
-#       ENTRIES], `num_versions` and `num_bytes` (by how many they grow), `names` (of the event), `audit` [document];
-#       the channel; how many events are kept
-# Returns: `done`; `changed` where the tenant has another revision; `lost` where the lease has ended. Only `done` wrote.
+#       ENTRIES], `num_versions` and `num_bytes` (by how many they grow), `names` (of the event), `audit` [document],
+#       `needs_tenant`; the channel; how many events are kept
+# Returns: `done`; `changed` where the tenant has another revision or, if the change needs it, is gone; `lost` where the
+#       lease has ended. Only `done` wrote.
 COMMIT = (
     NOW_MS
     + APPEND
@@ -38,6 +39,7 @@ COMMIT = (
 local change = cjson.decode(ARGV[1])
 local tenant = change.tenant
 if tonumber(redis.call('HGET', KEYS[1], tenant) or '0') ~= change.expected then return 'changed' end
+if change.needs_tenant and redis.call('HEXISTS', KEYS[12], tenant) == 0 then return 'changed' end
 if change.token ~= '' then
     local ends = redis.call('HGET', KEYS[8], change.token)
     if not ends or tonumber(ends) <= now_ms() then return 'lost' end

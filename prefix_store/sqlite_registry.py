@@ -132,7 +132,8 @@ class SqliteRegistry(SqliteAccounts, Registry):
 def _draft(db: sqlite3.Connection, tenant: str, by: Author = SERVER) -> Draft:
     revision, stored = _counts(db, tenant)
     read, holders = partial(_task, db, tenant), partial(_holders, db, tenant)
-    return Draft(tenant, revision, stored, read, holders, partial(_names, db, tenant), by)
+    names, has_tenant = partial(_names, db, tenant), partial(_has_tenant, db, tenant)
+    return Draft(tenant, revision, stored, read, holders, names, has_tenant, by)
 
 
 def _counts(db: sqlite3.Connection, tenant: str) -> tuple[int, Stored]:
@@ -150,6 +151,10 @@ def _task(db: sqlite3.Connection, tenant: str, name: str) -> Task | None:
 def _holders(db: sqlite3.Connection, tenant: str, entry: str) -> list[str]:
     rows = db.execute("SELECT task FROM entries WHERE entry = ? AND tenant = ?", (entry, tenant)).fetchall()
     return [name for (name,) in rows]
+
+
+def _has_tenant(db: sqlite3.Connection, tenant: str) -> bool:
+    return db.execute("SELECT 1 FROM tenants WHERE name = ?", (tenant,)).fetchone() is not None
 
 
 def _names(db: sqlite3.Connection, tenant: str) -> list[str]:

@@ -56,7 +56,8 @@ class PrefixStore:
             self._blobs.sweep(self._registry.max_upload_s)
             stored, known = self._blobs.digests(), self._registry.digests()
             for tenant, digests in stored.items():
-                self._drop_unused(tenant, digests - known.get(tenant, set()))
+                unused = digests - known.get(tenant, set())
+                self._registry.release_unused(tenant, unused, partial(self._blobs.delete, tenant))
 
     def parse_native(self, body: bytes) -> Prefix:
         """A validated prefix from a native file. Raises InvalidArtefactError."""
@@ -84,15 +85,15 @@ class PrefixStore:
         by: Author = SERVER,
     ) -> Published:
         """Store a new version: when this returns it survives anything. `activate` None: it goes live unless weights
-        are set. Raises QuotaError, ArtefactTooLargeError, PreconditionFailedError, StorageFullError."""
+        are set. `limits` are those of a tenant that is there. Raises QuotaError, ArtefactTooLargeError,
+        PreconditionFailedError, StorageFullError, NotFoundError for a tenant that is gone."""
         body = write_native(replace(prefix, base_model=self._shape.model_name, fingerprint=self._shape.fingerprint))
         new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
         file = NewFile(new.digest, lambda: self._blobs.put(tenant, body))
         try:
             return self._add_version(tenant, task, new, activate, precondition, limits, file, by)
         except BaseException:
-            with suppress(UnavailableError, StorageFullError):  # the next start sweeps
-                self._drop_unused(tenant, {new.digest})
+            self._drop_unused(tenant, {new.digest})
             raise
 
     def make_ensemble(self, tenant: str, members: Sequence[str], rule: str) -> Ensemble:
@@ -314,6 +315,8 @@ class PrefixStore:
         return self._registry.change(tenant, partial(decide, name=task, **given), by=by)
 
     def _drop_unused(self, tenant: str, digests: set[str]) -> None:
+        """What cannot be deleted now the next start sweeps: the change itself is done."""
         for digest in digests:
             self._loaded.drop(tenant, digest)
-        self._registry.release_unused(tenant, digests, partial(self._blobs.delete, tenant))
+        with suppress(UnavailableError, StorageFullError):
+            self._registry.release_unused(tenant, digests, partial(self._blobs.delete, tenant))

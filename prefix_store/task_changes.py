@@ -45,8 +45,11 @@ def add_version(
     limits: Limits | None,
     now_s: float,
 ) -> Published:
-    """`activate` None: it goes live unless weights are set. Raises PreconditionFailedError, NotFoundError for an
-    ensemble whose members are not all there, QuotaError and ArtefactTooLargeError beyond the limits."""
+    """`activate` None: it goes live unless weights are set. `limits` are those of a tenant that is there. Raises
+    PreconditionFailedError, NotFoundError for an ensemble whose members are not all there and for a tenant that is
+    gone, QuotaError and ArtefactTooLargeError beyond the limits."""
+    if limits is not None:
+        draft.check_tenant()
     task = draft.get(name)
     precondition.check(None if task is None else str(task.revision))
     if task is None:

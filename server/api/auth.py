@@ -6,6 +6,7 @@ While no key is configured everyone on this machine is the tenant `default` and 
 from __future__ import annotations
 
 import re
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,17 +121,19 @@ class KeyRing:
         self._registry = registry
         self._is_local = is_local
         self._operator_digest = None if operator_key is None else key_digest(operator_key)
+        self._refreshing = threading.Lock()
         self._seen = Seen(-1, {}, {})  # replaced in one go: the event loop reads while a thread refreshes
         self.refresh()
 
     def refresh(self) -> None:
         """Read the registry if it changed. It blocks."""
-        revision = self._registry.tenants_revision()
-        if revision == self._seen.revision:
-            return
-        tenants = {DEFAULT_TENANT: DEFAULT} | {tenant.name: tenant for tenant in self._registry.list_tenants()}
-        owners = {key.digest: tenant.name for tenant in tenants.values() for key in tenant.keys}
-        self._seen = Seen(revision, tenants, owners)
+        with self._refreshing:  # or one that read earlier would put back what it read
+            revision = self._registry.tenants_revision()
+            if revision == self._seen.revision:
+                return
+            tenants = {DEFAULT_TENANT: DEFAULT} | {tenant.name: tenant for tenant in self._registry.list_tenants()}
+            owners = {key.digest: tenant.name for tenant in tenants.values() for key in tenant.keys}
+            self._seen = Seen(revision, tenants, owners)
 
     @property
     def revision(self) -> int:
@@ -141,6 +144,12 @@ class KeyRing:
     def has_keys(self) -> bool:
         """One that has expired counts until it is deleted."""
         return self._operator_digest is not None or bool(self._seen.owners)
+
+    def is_last(self, tenant: Tenant) -> bool:
+        """Whether nobody but this tenant has a key, and that has one: without it the server may be open."""
+        return (
+            self._operator_digest is None and set(self._seen.owners.values()) == {tenant.name} and len(tenant.keys) == 1
+        )
 
     @property
     def is_open(self) -> bool:

@@ -14,10 +14,8 @@ from server.api.errors import RequestError
 from server.api.limits import Grant, check_request, estimate
 from server.api.metering import today
 from server.api.state import AppState, Target, named
-from server.engine.errors import GenerationError, PrefixFaultError, PrefixLoadError
 from server.engine.request_stream import RequestStream
 
-FAULTS = (GenerationError, PrefixFaultError, PrefixLoadError)
 log = structlog.get_logger()
 
 
@@ -71,7 +69,7 @@ class Bill:
 
     @property
     def _is_faulty(self) -> bool:
-        return any(isinstance(stream.error, FAULTS) for stream in self._streams)
+        return any(stream.error is not None and stream.error.is_versions_fault for stream in self._streams)
 
     def _usage(self) -> list[Usage]:
         """Of a composition each part's virtual tokens, the rest on the first."""

@@ -112,7 +112,12 @@ async def make_key(request: Request, state: State, caller: Asking, name: str, bo
 
 @router.delete("/{name}/keys/{key_id}", summary="End a key at once", status_code=204)
 async def delete_key(request: Request, state: State, caller: Asking, name: str, key_id: str) -> Response:
-    _check_hold(caller, (await _visible(state, caller, name)).key(key_id))
+    tenant = await _visible(state, caller, name)
+    _check_hold(caller, tenant.key(key_id))
+    if not caller.is_operator and state.keys.is_last(tenant):
+        raise RequestError(
+            409, "expected a server that keeps a key: without any everyone on its machine is an operator"
+        )
 
     def change(found: Tenant | None) -> Tenant:
         return known_tenant(name, found).without_key(key_id)

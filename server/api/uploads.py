@@ -122,6 +122,7 @@ async def upload(
             base = state.store.match_base(prefix, accept_base)
             await state.engine.check(prefix, tenant)
             publish = partial(state.store.publish, tenant, task, prefix, base=base, **options)
+        await check_again(request)
         published: Published = await asyncio.to_thread(publish)
     await state.sync_pins()
     headers = {

@@ -192,7 +192,8 @@ class Engine:
     def _advance(self, resident: ResidentPrefix) -> None:
         try:
             if not self.runner.kv_blocks.is_finite(resident.scheduled_blocks):  # they may be another's later
-                raise PrefixFaultError("its keys and values must be finite, got NaN or infinity")
+                reason = "its keys and values must be finite, got NaN or infinity"
+                raise PrefixFaultError(reason, is_versions_fault=True)
         except Exception as error:  # also when memory is short
             self._finished_loads.put((resident, error))  # the next step tells those who wait
         else:
@@ -226,7 +227,8 @@ class Engine:
 
     def _append(self, sequence: Sequence, chosen: Sample) -> StepOutput:
         if chosen.token_id is None:
-            return self._fail(sequence, GenerationError("the row's logits must be finite, got NaN or infinity"))
+            reason = "the row's logits must be finite, got NaN or infinity"
+            return self._fail(sequence, GenerationError(reason, is_versions_fault=True))
         params = sequence.sampling_params
         token_id = chosen.token_id
         sequence.append(token_id)
@@ -284,7 +286,8 @@ class Engine:
         try:
             prefix = self._load_prefix(resident.ref)
             if prefix.layout != resident.ref.layout:
-                raise ValueError(f"expected {resident.ref.layout}, got {prefix.layout}")
+                reason = f"expected {resident.ref.layout}, got {prefix.layout}"
+                raise PrefixFaultError(reason, is_versions_fault=True)
             self.runner.load(prefix, resident)
         except Exception as error:  # whatever it is, it is this prefix's failure and must reach those who wait
             log.warning("prefix_not_loaded", key=resident.ref.key[:80], reason=in_full(error)[:300])

@@ -12,15 +12,22 @@ EngineError
  |   +- TenantQueueTimeoutError  rows: it waited for its own longer than the queue allows
  +- PrefixLoadError        the prefix could not be made resident
  +- PrefixAwayError        its file cannot be reached now; try again after `retry_after_s`
- +- PrefixFaultError       the prefix gives logits that are not finite, or does not fit the pool
+ +- PrefixFaultError       the prefix gives logits that are not finite, is not as expected or does not fit the pool
  +- GenerationError        the row failed at run time
+
+Any of them may be the prefix's own fault (`is_versions_fault`), which counts against the version that was asked for.
 """
 
 from __future__ import annotations
 
 
 class EngineError(Exception):
-    """Base of every error that the engine raises for a caller's request."""
+    """Base of every error that the engine raises for a caller's request. `is_versions_fault`: the prefix's file is
+    damaged, or its numbers; not where memory was short, a step failed or a limit forbids it."""
+
+    def __init__(self, message: str, *, is_versions_fault: bool = False) -> None:
+        super().__init__(message)
+        self.is_versions_fault = is_versions_fault
 
 
 class ModelRefusedError(EngineError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -180,6 +182,51 @@ class TestKeys:
         left = keyed.http.get(f"/v1/tenants/late-{end}")
         assert (left.status_code, len(left.json().get("keys", []))) in ((200, end != "delete"), (404, 0))
         assert keyed.state.store.list_tasks(f"late-{end}") == []
+
+    @pytest.mark.parametrize("end", ["delete", "suspend", "delete-tenant"])
+    def test_a_key_that_ended_while_its_upload_was_tried_stores_nothing(
+        self, keyed: Served, end: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tenant, path = make_tenant(keyed, f"tried-{end}"), f"/v1/tenants/tried-{end}"
+        key_id = keyed.http.get(path).json()["keys"][0]["id"]
+        urls = {"delete": f"{path}/keys/{key_id}", "suspend": f"{path}/suspend", "delete-tenant": path}
+
+        async def check(prefix: object, tenant_id: str) -> None:
+            await asyncio.to_thread(keyed.http.request, "POST" if end == "suspend" else "DELETE", urls[end])
+
+        monkeypatch.setattr(keyed.state.engine, "check", check)
+        assert tenant.put("t", native(1)).status_code == (403 if end == "suspend" else 401)
+        assert keyed.state.store.list_tasks(f"tried-{end}") == []
+
+    def test_the_last_key_is_not_a_tenants_to_end(self, model_path: Path, tmp_path: Path) -> None:
+        """A server on loopback is open without any."""
+        for served in serve_in_thread(make_state(settings_for(tmp_path), ModelFiles(model_path, NAME))):
+            tenant = make_tenant(served, "alone")
+            (first,) = tenant.http.get("/v1/tenants/alone").json()["keys"]
+            refused = tenant.http.delete(f"/v1/tenants/alone/keys/{first['id']}")
+            assert (refused.status_code, served.http.get("/v1/tenants").status_code) == (409, 401)
+            second = tenant.http.post("/v1/tenants/alone/keys", json={}).json()
+            assert tenant.http.delete(f"/v1/tenants/alone/keys/{second['id']}").status_code == 204
+
+    def test_keys_read_by_two_at_once_are_the_newer_ones(self, keyed: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        keys, registry = keyed.state.keys, keyed.state.registry
+        list_tenants = registry.list_tenants
+        others: list[threading.Thread] = []
+
+        def list_slowly() -> list[Tenant]:
+            found = list_tenants()
+            if not others:
+                registry.update_tenant("newer", lambda _: Tenant("newer"))
+                others.append(threading.Thread(target=keys.refresh))
+                others[0].start()
+                others[0].join(0.5)
+            return found
+
+        monkeypatch.setattr(registry, "list_tenants", list_slowly)
+        registry.update_tenant("new", lambda _: Tenant("new"))
+        keys.refresh()
+        others[0].join()
+        assert {"new", "newer"} <= set(keys.tenants)
 
     def test_pages_of_a_key_for_some_tasks_name_no_other(self, keyed: Served) -> None:
         tenant = make_tenant(keyed, "paged")

@@ -15,7 +15,7 @@ from server.engine.attention import NAME
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine
-from server.engine.errors import GenerationError, PrefixLoadError
+from server.engine.errors import EngineError, GenerationError, PrefixLoadError
 from server.engine.fused_modules import fuse_modules
 from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_families import prepare
@@ -86,8 +86,8 @@ def make_sequence(engine: Engine, request_id: str, num_tokens: int, *members: st
     return Sequence(request_id, prompt, params, detokenizer, tuple(behind), engine.runner.decoder_start_ids)
 
 
-def run(engine: Engine, *sequences: Sequence) -> tuple[list[list[int]], dict[str, Exception]]:
-    errors: dict[str, Exception] = {}
+def run(engine: Engine, *sequences: Sequence) -> tuple[list[list[int]], dict[str, EngineError]]:
+    errors: dict[str, EngineError] = {}
     for sequence in sequences:
         engine.add(sequence)
     while engine.has_work:
@@ -113,6 +113,7 @@ def test_rows_behind_a_bad_prefix_fail_and_their_neighbours_do_not(engine: Engin
         BAD: GenerationError,
         "ensemble": GenerationError,
     }
+    assert errors[BAD].is_versions_fault
 
 
 def test_rows_that_share_a_bad_prefix_fail_and_those_that_share_a_good_one_do_not(engine: Engine) -> None:
@@ -151,6 +152,7 @@ def test_a_soft_prompt_whose_keys_are_not_finite_is_not_loaded_and_leaves_nothin
     answers, errors = run(engine, make_sequence(engine, SOFT, 30, SOFT))
     assert (answers, type(errors[SOFT])) == ([[]], PrefixLoadError)
     assert "finite" in str(errors[SOFT])
+    assert errors[SOFT].is_versions_fault
     answers, errors = run(engine, *(make_sequence(engine, name, 30, name) for name in (GOOD, "bare")))
     assert not errors
     assert answers == alone

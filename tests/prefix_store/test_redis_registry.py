@@ -13,14 +13,14 @@ from prefix_store import redis_files
 from prefix_store import redis_keys as keys
 from prefix_store.blobs import Blobs
 from prefix_store.draft import Draft
-from prefix_store.errors import ConflictError, StorageFullError, UnavailableError, in_full
+from prefix_store.errors import ConflictError, NotFoundError, StorageFullError, UnavailableError, in_full
 from prefix_store.prefix import Layout
 from prefix_store.redis_files import RedisFiles
 from prefix_store.redis_registry import RedisRegistry
 from prefix_store.redis_server import RedisServer
 from prefix_store.registry import NewFile
 from prefix_store.store import PrefixStore
-from prefix_store.task import ANY
+from prefix_store.task import ANY, Task
 from prefix_store.task_changes import Published, add_version
 from prefix_store.tenants import Tenant
 from prefix_store.usage import Usage
@@ -256,6 +256,22 @@ class TestAway:
             redis_process.go_on()
         assert time.monotonic() - started_s < 15
         assert registry.get_task(OURS, "t") is not None
+
+    def test_a_change_is_not_written_for_a_tenant_that_went_meanwhile(self, registry: RedisRegistry) -> None:
+        registry.update_tenant(OURS, lambda _: Tenant(OURS))
+        num_decided = 0
+
+        def decide(draft: Draft) -> None:
+            nonlocal num_decided
+            draft.check_tenant()
+            draft.put(Task(OURS, "t", 0, None, None, False, ()))
+            num_decided += 1
+            registry.update_tenant(OURS, lambda _: None)
+
+        with pytest.raises(NotFoundError, match="no tenant"):
+            registry.change(OURS, decide)
+        assert num_decided == 1
+        assert registry.get_task(OURS, "t") is None
 
     def test_acknowledged_changes_survive_a_kill_of_redis(self, tmp_path: Path) -> None:
         process = RedisProcess(tmp_path / "redis")

@@ -128,6 +128,18 @@ def test_a_store_that_is_away_is_told_of(s3: S3Process, root: str) -> None:
         blobs.delete(OURS, digest)
 
 
+def test_a_deletion_is_done_though_its_file_cannot_be_reached(s3: S3Process, root: str, tmp_path: Path) -> None:
+    registry = SqliteRegistry(tmp_path / "registry.sqlite")
+    store = PrefixStore(registry, Blobs(root), SHAPE)
+    for seed in (1, 2):
+        publish(store, "t", seed)
+    s3.kill()
+    assert store.delete_version(OURS, "t", "1").version == 1
+    assert [version.version for version in store.delete_task(OURS, "t").versions] == [2]
+    assert store.list_tasks(OURS) == []
+    store.close()
+
+
 def test_a_store_that_hangs_is_told_of_as_well(s3: S3Process, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After ten attempts; with what the library has of itself it were 25, of a quarter of a minute each."""
     monkeypatch.setitem(S3_TIMES, "read_timeout", 0.5)

@@ -120,7 +120,9 @@ def test_same_content_of_two_tenants_is_stored_and_loaded_apart(store: PrefixSto
         store.load(OURS, mine.digest)
 
 
-def test_limits_on_what_is_stored_hold(store: PrefixStore, tmp_path: Path) -> None:
+def test_limits_on_what_is_stored_hold(store: PrefixStore, registry: Registry, tmp_path: Path) -> None:
+    for tenant in (OURS, THEIRS):
+        registry.update_tenant(tenant, lambda found, tenant=tenant: found or Tenant(tenant))  # type: ignore[misc]
     first = publish(store, "t", 1, limits=Limits(max_prefixes=1)).version
     files = sorted((tmp_path / "blobs").rglob("*.safetensors"))
     assert store.stored(OURS) == Stored(1, first.num_bytes)
@@ -144,6 +146,21 @@ def test_limits_on_what_is_stored_hold(store: PrefixStore, tmp_path: Path) -> No
     store.delete_task(OURS, "e")
     store.delete_task(OURS, "u")
     assert store.stored(OURS) == Stored(1, first.num_bytes)
+
+
+def test_nothing_is_stored_for_a_tenant_that_is_gone(store: PrefixStore, registry: Registry, tmp_path: Path) -> None:
+    """As by an upload that was let in before. `default` needs not be made."""
+    registry.update_tenant(OURS, lambda _: Tenant(OURS))
+    publish(store, "t", 1, limits=Limits())
+    whole = store.make_ensemble(OURS, ["t", "t"], "vote")
+    store.delete_tenant(OURS)
+    with pytest.raises(NotFoundError, match="no tenant 'ours'"):
+        publish(store, "t", 1, limits=Limits())
+    with pytest.raises(NotFoundError):
+        store.publish_ensemble(OURS, "e", whole, limits=Limits())
+    assert store.list_tasks(OURS) == []
+    assert not list((tmp_path / "blobs").rglob("*.safetensors"))
+    assert publish(store, "t", 1, tenant="default", limits=Limits()).is_new
 
 
 def test_tenant_goes_with_all_that_it_stores(store: PrefixStore, registry: Registry, tmp_path: Path) -> None:
