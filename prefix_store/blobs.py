@@ -95,10 +95,8 @@ class Blobs:
 
     def delete(self, tenant: str, digest: str) -> None:
         path = self._path(tenant, digest)
-        with (
-            _named(f"delete the file of {digest[:12]}"),
-            suppress(FileNotFoundError),
-        ):  # another deletes as well
+        # Another may delete it as well.
+        with _named(f"delete the file of {digest[:12]}"), suppress(FileNotFoundError):
             self._fs.rm_file(path)
 
     def digests(self) -> dict[str, set[str]]:

@@ -213,16 +213,10 @@ class RedisRegistry(RedisAccounts, Registry):
             "needs_tenant": write.needs_tenant,
         }
         written = [keys.REVISIONS, keys.NUM_VERSIONS, keys.NUM_BYTES, keys.tasks(tenant), keys.names(tenant)]
+        told = [*keys.appended(tenant), keys.TENANTS]
         with self._server.answering() as client:
             outcome: str = self._commit(
-                keys=[
-                    *written,
-                    keys.ENTRIES,
-                    keys.EVENTS,
-                    keys.leases(tenant, digest),
-                    *keys.appended(tenant),
-                    keys.TENANTS,
-                ],
+                keys=[*written, keys.ENTRIES, keys.EVENTS, keys.leases(tenant, digest), *told],
                 args=[json.dumps(change), keys.HINTS, MAX_EVENTS],
                 client=client,
             )

@@ -146,10 +146,9 @@ class KeyRing:
         return self._operator_digest is not None or bool(self._seen.owners)
 
     def is_last(self, tenant: Tenant) -> bool:
-        """Whether nobody but this tenant has a key, and that has one: without it the server may be open."""
-        return (
-            self._operator_digest is None and set(self._seen.owners.values()) == {tenant.name} and len(tenant.keys) == 1
-        )
+        """Whether the server is open without this tenant's one key."""
+        owners = set(self._seen.owners.values())
+        return self._is_local and self._operator_digest is None and owners == {tenant.name} and len(tenant.keys) == 1
 
     @property
     def is_open(self) -> bool:

@@ -115,9 +115,7 @@ async def delete_key(request: Request, state: State, caller: Asking, name: str, 
     tenant = await _visible(state, caller, name)
     _check_hold(caller, tenant.key(key_id))
     if not caller.is_operator and state.keys.is_last(tenant):
-        raise RequestError(
-            409, "expected a server that keeps a key: without any everyone on its machine is an operator"
-        )
+        raise RequestError(409, "expected another key to be left: without any, all on this machine are operators")
 
     def change(found: Tenant | None) -> Tenant:
         return known_tenant(name, found).without_key(key_id)
