@@ -172,11 +172,10 @@ class Scheduler:
         for sequence in self.waiting.in_turn(num_rows):
             tenant_id = sequence.tenant_id
             is_asking = may_load and tenant_id not in short
-            may_start = can_start and tenant_id not in full and self._has_row(sequence, num_rows)
             waited_s = now - sequence.arrival_s
             try:
                 self.check_rows(sequence)
-                is_held = self._hold_prefixes(sequence, is_asking, may_start)
+                is_held = self._hold_prefixes(sequence, is_asking, can_start and tenant_id not in full)
             except EngineError as error:
                 failed.append((sequence, error))
                 continue
@@ -226,10 +225,10 @@ class Scheduler:
             )
         return QueueTimeoutError(f"waited {waited_s:.1f} s for a place, {rest}")
 
-    def _has_row(self, sequence: Sequence, num_rows: Counter[str]) -> bool:
-        """Beside those that run, by tenant."""
-        is_within = num_rows.total() + len(sequence.rows) <= self.max_rows
-        return is_within and self._may_run(sequence, num_rows[sequence.tenant_id])
+    def _has_row(self, sequence: Sequence) -> bool:
+        """Beside those that run."""
+        num_own = sum(len(other.rows) for other in self.running if other.tenant_id == sequence.tenant_id)
+        return self.num_running_rows + len(sequence.rows) <= self.max_rows and self._may_run(sequence, num_own)
 
     def _may_run(self, sequence: Sequence, num_rows: int) -> bool:
         """Beside `num_rows` of its tenant. One alone may: it was within the limit when it started, if not any more."""
@@ -270,7 +269,7 @@ class Scheduler:
             claimed = self._residents.claimed(held)
             if sequence.started_s is not None or not claimed:
                 return True
-            if may_start and not any(resident.was_used for resident in claimed):
+            if may_start and not any(resident.was_used for resident in claimed) and self._has_row(sequence):
                 return True
             self._release_prefixes(sequence)
         found = self._residents.acquire(sequence.prefixes, asked_by=sequence.tenant_id, may_load=may_load)
