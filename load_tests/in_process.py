@@ -17,7 +17,8 @@ from server.engine.cpu_kernels import load_kernels
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine
 from server.engine.kv_blocks import KVBlocks, block_bytes, split_pool
-from server.engine.model_runner import ModelRunner, load_model, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner, load_model
 from server.engine.sampler import sample
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import PrefixRef, Sequence

@@ -12,7 +12,8 @@ from prefix_store.blobs import Blobs
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from prefix_store.tenants import DEFAULT_TENANT
-from server.engine.model_runner import load_model, measure_shape, native_dtype
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import load_model, native_dtype
 from server.model_files import ModelFiles, fingerprint
 
 

@@ -160,9 +160,12 @@ def _check_sizes_before_load(header: Header, shape: ModelShape) -> None:
             expected = f"[num_virtual_tokens, {shape.hidden_size}]"
             fits = len(tensor.shape) == 2 and tensor.shape[1] == shape.hidden_size
         else:
-            expected = f"[{shape.num_kv_heads}, num_virtual_tokens, {shape.head_dim}]"
-            sizes = (shape.num_kv_heads, shape.head_dim)
-            fits = len(tensor.shape) == 3 and (tensor.shape[0], tensor.shape[2]) == sizes
+            part, layer, which = _layer_name(name)
+            layer_shape = shape.layer(layer if part == "decoder" and layer < shape.num_layers else 0)
+            num_heads = layer_shape.num_kv_heads
+            dim = layer_shape.key_dim if which == "key" else layer_shape.value_dim
+            expected = f"[{num_heads}, num_virtual_tokens, {dim}]"
+            fits = len(tensor.shape) == 3 and (tensor.shape[0], tensor.shape[2]) == (num_heads, dim)
         if not fits:
             raise InvalidArtefactError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
 

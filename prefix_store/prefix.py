@@ -10,8 +10,29 @@ import torch
 
 Kind = Literal["kv", "soft"]
 Placement = Literal["prefix", "infix"]
+# What a model computes its text from: `either` ids or their embeddings, to the same end; `each` to an end of its own;
+# `ids` only.
+Reads = Literal["either", "each", "ids"]
 Layers = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 PARTS = ("decoder", "encoder", "cross")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer's attention: heads and widths of its keys and values, the layer whose keys and values it reads
+    (`source`, itself in most models), and how far back its queries see: `window` positions, or their own chunk of
+    `chunk` positions; None: all."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    source: int
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def sees_all(self) -> bool:
+        return self.window is None and self.chunk is None
 
 
 @dataclass(frozen=True)
@@ -19,7 +40,8 @@ class ModelShape:
     """What an artefact is validated against. The server makes it from the loaded model.
 
     `dtype` is the dtype the model computes in: values must stay finite after a cast to it. An encoder-decoder has
-    `num_encoder_layers`; its heads are the same everywhere.
+    `num_encoder_layers`; its heads are the same everywhere. `num_kv_heads` and `head_dim` are those of the layer with
+    the widest keys; `layers` has each decoder layer's own, and is empty where all are alike and see all.
     """
 
     num_layers: int
@@ -34,10 +56,22 @@ class ModelShape:
     model_aliases: tuple[str, ...] = ()
     max_virtual_tokens: int = 4096
     num_encoder_layers: int = 0
+    layers: tuple[LayerShape, ...] = ()
+    reads: Reads = "either"
 
     @property
     def is_encoder_decoder(self) -> bool:
         return self.num_encoder_layers > 0
+
+    def layer(self, index: int) -> LayerShape:
+        if self.layers:
+            return self.layers[index]
+        return LayerShape(self.num_kv_heads, self.head_dim, self.head_dim, source=index)
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """Decoder layers with keys and values of their own."""
+        return tuple(index for index in range(self.num_layers) if self.layer(index).source == index)
 
 
 @dataclass(frozen=True)

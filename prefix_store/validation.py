@@ -15,6 +15,10 @@ def validate(prefix: Prefix, shape: ModelShape) -> None:
     check_architecture(prefix.is_seq2seq, shape)
     _check_place(prefix, shape)
     if prefix.embeddings is not None:
+        if shape.reads == "ids":
+            raise InvalidArtefactError(
+                f"{shape.model_name} takes no embeddings, expected a KV prefix, got a soft prompt"
+            )
         check_rank("embeddings", prefix.embeddings, 2, "[num_virtual_tokens, hidden_size]")
         _check_size("embeddings", "hidden_size", prefix.embeddings.shape[1], shape.hidden_size)
         check_values("embeddings", prefix.embeddings, shape.dtype)
@@ -66,13 +70,19 @@ def _check_layers(where: str, layers: Layers, shape: ModelShape, *, encoder: boo
     for layer, pair in layers.items():
         if not 0 <= layer < num_layers:
             raise InvalidArtefactError(f"{where}layers.{layer}: the model has {num_layers} layers (0 to the last)")
-        for name, tensor in zip(("key", "value"), pair, strict=True):
+        expected = shape.layer(0 if encoder else layer)
+        if not encoder and expected.source != layer:
+            raise InvalidArtefactError(
+                f"{where}layers.{layer}: the layer reads the keys and values of layer {expected.source}, expected none "
+                "of its own"
+            )
+        for name, tensor, dim in zip(("key", "value"), pair, (expected.key_dim, expected.value_dim), strict=True):
             full = f"{where}layers.{layer}.{name}"
             check_rank(full, tensor, 3, "[num_kv_heads, num_virtual_tokens, head_dim]")
             num_virtual_tokens = num_virtual_tokens or tensor.shape[1]
-            _check_size(full, "num_kv_heads", tensor.shape[0], shape.num_kv_heads)
+            _check_size(full, "num_kv_heads", tensor.shape[0], expected.num_kv_heads)
             _check_size(full, "num_virtual_tokens (as in the other layers)", tensor.shape[1], num_virtual_tokens)
-            _check_size(full, "head_dim", tensor.shape[2], shape.head_dim)
+            _check_size(full, "head_dim", tensor.shape[2], dim)
             check_values(full, tensor, shape.dtype)
 
 

@@ -14,7 +14,8 @@ from prefix_store.local_files import read_path
 from prefix_store.prefix import PARTS, Layout, ModelShape, Prefix
 from server.config import Settings
 from server.engine.kv_blocks import block_bytes, prefix_blocks
-from server.engine.model_runner import measure_shape, model_class, native_dtype
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import model_class, native_dtype
 from server.model_files import find_model, fingerprint
 from server.start import DEFAULT_PREFIX_BYTES
 

@@ -33,12 +33,11 @@ from server.api.metering import Meter
 from server.api.state import AppState
 from server.config import Settings, is_loopback
 from server.engine.async_engine import AsyncEngine
-from server.engine.cpu_kernels import CpuKernels, load_kernels
+from server.engine.checked_model import checked_model
+from server.engine.cpu_kernels import load_kernels
 from server.engine.engine import Engine
-from server.engine.errors import ModelRefusedError
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes, split_pool
-from server.engine.model_runner import ModelRunner, load_model, measure_shape, native_dtype
-from server.engine.self_check import self_check
+from server.engine.model_runner import ModelRunner, native_dtype
 from server.engine.threads import use_one_thread, workers
 from server.errors import StartError
 from server.metrics import Metrics
@@ -68,7 +67,18 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         )
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
     use_one_thread()
-    model, shape, kernels = _checked_model(settings, files, device, kernels)
+    checked = checked_model(
+        files.path,
+        native_dtype(settings.dtype, device),
+        device,
+        name=settings.model_name or files.name,
+        fingerprint=fingerprint(files.path),
+        aliases=settings.model_alias,
+        max_virtual_tokens=settings.max_virtual_tokens,
+        kernels=kernels,
+        quantizes=settings.quantize is not None,
+    )
+    model, shape, kernels = checked.model, checked.shape, checked.kernels
     num_blocks, num_prefix_blocks = _pool(settings, shape)
     try:
         kv_blocks = KVBlocks(shape, num_blocks, device, kernels)
@@ -117,34 +127,6 @@ def open_registry(settings: Settings) -> Registry:
             expected = {name: DURABLE[name] for name in losses}
             log.warning("redis_may_lose_what_it_acknowledged", expected=expected, got=losses)
     return mirror
-
-
-def _checked_model(
-    settings: Settings, files: ModelFiles, device: torch.device, kernels: CpuKernels | None
-) -> tuple[Any, ModelShape, CpuKernels | None]:
-    """With reordered weights and kernels, or with the model's own modules where only these pass. Raises
-    ModelRefusedError."""
-    dtype = native_dtype(settings.dtype, device)
-    quantizes = settings.quantize is not None
-    for is_fast in (True, False):
-        kernels = kernels if is_fast else None
-        model = load_model(files.path, dtype, device, reorders=is_fast, kernels=kernels, quantizes=quantizes)
-        shape = measure_shape(
-            model,
-            settings.model_name or files.name,
-            fingerprint(files.path),
-            settings.model_alias,
-            settings.max_virtual_tokens,
-        )
-        try:
-            self_check(model, shape, kernels, is_quantized=quantizes)
-        except ModelRefusedError as error:
-            if quantizes or not is_fast:
-                raise
-            log.warning("model_keeps_its_modules", reason=str(error))
-        else:
-            break
-    return model, shape, kernels
 
 
 def run(settings: Settings, console: Console, examples: Path | None = None) -> None:

@@ -17,7 +17,8 @@ from server.engine.cpu_kernels import CpuKernels
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
 from server.engine.kv_blocks import KVBlocks, split_pool
-from server.engine.model_runner import ModelRunner, load_model, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner, load_model
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sampling_params import SamplingParams
 from server.engine.self_check import self_check
@@ -149,7 +150,7 @@ def run_ours(
     each_step: Callable[[Engine], None] = lambda _: None,
 ) -> list[list[int]]:
     """All cases in one engine, `stagger` arriving at each step, the long ones in chunks."""
-    tokenizer = letter_tokenizer()
+    tokenizer = letter_tokenizer(shape.vocab_size)
     num_blocks, num_prefix_blocks = split_pool(kv, room)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, torch.device("cpu"), kernels))
     engine = WholeSteps(

@@ -20,7 +20,8 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine
 from server.engine.kv_blocks import KVBlocks, prefix_blocks, split_pool
 from server.engine.model_families import prepare
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
 from tests.tiny_models import T5, letter_tokenizer, seq2seq_model

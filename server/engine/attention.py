@@ -13,6 +13,8 @@ from transformers import AttentionInterface
 
 from server.engine.attention_group import AttentionGroup
 from server.engine.batch import Batch, current_batch
+from server.engine.kv_blocks import as_wide
+from server.engine.reach import Reach
 
 NAME = "prefixserve"
 
@@ -25,7 +27,6 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
@@ -34,38 +35,43 @@ def packed_attention(
     """Write the step's K and V, then attend group by group.
 
     `query` `[1, num_heads, num_tokens, head_dim]`, `key` and `value` `[1, num_kv_heads, num_tokens, head_dim]` (in
-    cross-attention: of the encoded tokens of rows that start); returns `[1, num_tokens, num_heads, head_dim]`. `s_aux`
-    `[num_heads]` are sinks: logits that take weight and give nothing. `position_bias` is T5's, by distance
-    `[2 * max_distance + 1, num_heads]` (see `model_families`).
+    cross-attention: of the encoded tokens of rows that start); returns `[1, num_tokens, num_heads, value_dim]`. A layer
+    that is handed another layer's K and V writes none. `s_aux` `[num_heads]` are sinks: logits that take weight and
+    give nothing. `position_bias` is T5's, by distance `[2 * max_distance + 1, num_heads]` (see `model_families`).
     """
     assert attention_mask is None, "the stream carries its own masks"
     batch = current_batch.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    is_cross = bool(batch.cross_groups) and not module.is_causal
-    written = batch.encoder if is_cross else batch
-    if written is not None:  # rows that start keep K and V of their encoded tokens in the slots that the encoder passed
-        batch.kv_blocks.write(layer, written.slot_mapping, key[0], value[0])
+    source = batch.kv_blocks.sources[layer]
+    reach = batch.kv_blocks.reaches[layer]
+    value_dim = value.shape[-1]
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    dim = max(query.shape[-1], value_dim)
+    query = as_wide(query, dim)
+    is_cross = bool(batch.cross_groups) and not module.is_causal
+    slots = batch.encoded_slots if is_cross else batch.slot_mapping
+    if slots is not None and source == layer:
+        batch.kv_blocks.write(layer, slots, key[0], value[0])
     is_plain = softcap is None and s_aux is None and position_bias is None
-    may_share = is_plain and sliding_window is None and not is_cross
+    may_share = is_plain and reach.is_whole and not is_cross
     groups = batch.cross_groups if is_cross else batch.groups if may_share else batch.whole_groups
-    seen = _attend_shared(layer, query, batch, scaling) if may_share and batch.shared_keys else None
+    seen = _attend_shared(source, query, batch, scaling) if may_share and batch.shared_keys else None
     queries = query[0].transpose(0, 1)  # [num_tokens, num_heads, head_dim]
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
     kernels = batch.kv_blocks.kernels
     fits = kernels is not None and query.stride(-1) == 1 and query.dtype is batch.kv_blocks.dtype
     for group in groups:
-        if kernels is not None and fits and group.has_few_queries and (is_plain or is_cross):
-            decode = group.decode(layer, sliding_window, scaling)
-            kernels.attend_decode(decode, query, out, batch.kv_blocks.layers[layer], seen)
+        if kernels is not None and fits and group.has_few_queries and reach.chunk is None and (is_plain or is_cross):
+            decode = group.decode(source, reach.window, scaling)
+            kernels.attend_decode(decode, query, out, batch.kv_blocks.layers[source], seen)
             continue
         bias = None if position_bias is None or is_cross else group.bias(position_bias)
-        attended = _attend(layer, queries, group, batch, scaling, sliding_window, softcap, s_aux, bias, seen)
+        attended = _attend(source, queries, group, batch, scaling, reach, softcap, s_aux, bias, seen)
         if group.kept is not None:
             attended = attended.index_select(0, group.kept)
         out.index_copy_(0, group.out_index, attended)
-    return out[None], None
+    return out[None, ..., :value_dim].contiguous(), None
 
 
 class Seen(NamedTuple):
@@ -79,7 +85,7 @@ class Seen(NamedTuple):
 def _attend_shared(layer: int, query: torch.Tensor, batch: Batch, scaling: float) -> Seen:
     """Prefixes that rows share, each once for all its rows' queries (Juravsky et al., "Hydragen", 2024)."""
     _, num_heads, num_tokens, head_dim = query.shape
-    num_kv_heads = batch.kv_blocks.num_kv_heads
+    num_kv_heads = batch.kv_blocks.layers[layer].shape[2]
     seen = Seen(
         torch.zeros(num_tokens, num_heads, head_dim, device=query.device),
         torch.full((num_tokens, num_heads), float("-inf"), device=query.device),
@@ -121,7 +127,7 @@ def _attend(
     group: AttentionGroup,
     batch: Batch,
     scaling: float,
-    sliding_window: int | None,
+    reach: Reach,
     softcap: float | None,
     s_aux: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -129,9 +135,9 @@ def _attend(
 ) -> torch.Tensor:
     """The group's outputs `[rows * max_queries, num_heads, head_dim]`."""
     num_heads, head_dim = queries.shape[1:]
-    num_kv_heads = batch.kv_blocks.num_kv_heads
+    num_kv_heads = batch.kv_blocks.layers[layer].shape[2]
     rows, shared = group.num_rows, num_heads // num_kv_heads
-    keys, values = batch.kv_blocks.gather(layer, group.block_index(batch.kv_blocks), rows)
+    keys, values = batch.kv_blocks.gather(layer, group.block_index, rows)
     q = queries.index_select(0, group.query_index).view(rows, -1, num_kv_heads, shared, head_dim)
     max_queries = q.shape[1]
     q = q.permute(0, 2, 3, 1, 4).reshape(rows * num_kv_heads, shared * max_queries, head_dim)
@@ -141,7 +147,7 @@ def _attend(
     scores = scores.view(rows, num_kv_heads, shared, max_queries, -1)
     if bias is not None:
         scores += bias.view(scores.shape)
-    scores += group.mask(layer, sliding_window, scores.dtype)
+    scores += group.mask(layer, reach, scores.dtype)
     if s_aux is not None:
         sinks = s_aux.to(scores.dtype).view(1, num_kv_heads, shared, 1, 1).expand(rows, -1, -1, max_queries, -1)
         weights = torch.softmax(torch.cat((scores, sinks), -1), -1)[..., :-1]

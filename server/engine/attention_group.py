@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from server.engine.cpu_kernels import NO_WINDOW, Decode
-from server.engine.kv_blocks import KVBlocks
+from server.engine.kv_blocks import BlockIndex
+from server.engine.reach import Reach
 from server.engine.sequence import NEVER
 
 KERNEL_QUERIES = 16  # of a row, up to which the kernel that takes them one by one is faster than products
@@ -42,22 +43,18 @@ class AttentionGroup:
     key_positions: torch.Tensor
     is_causal: bool
     hidden: tuple[tuple[int, Hidden], ...] = ()  # (row, what some layers lack)
-    _masks: dict[tuple[int | None, tuple[bool, ...]], torch.Tensor] = field(default_factory=dict, init=False)
+    _masks: dict[tuple[Reach, tuple[bool, ...]], torch.Tensor] = field(default_factory=dict, init=False)
     _biases: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
     _decodes: dict[tuple[bool, ...], Decode] = field(default_factory=dict, init=False)
-    _block_index: torch.Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.block_index = BlockIndex(self.block_tables)
 
     @property
     def has_few_queries(self) -> bool:
         return len(self.query_index) <= self.num_rows * KERNEL_QUERIES
 
-    def block_index(self, kv_blocks: KVBlocks) -> torch.Tensor:
-        """What gathers the rows' blocks."""
-        if self._block_index is None:
-            self._block_index = kv_blocks.blocks(self.block_tables)
-        return self._block_index
-
-    def decode(self, layer: int, sliding_window: int | None, scaling: float) -> Decode:
+    def decode(self, layer: int, window: int | None, scaling: float) -> Decode:
         """The group for the kernel, a row for each query; what depends on the layer's tensors is still missing."""
         present = self._present(layer)
         found = self._decodes.get(present)
@@ -81,7 +78,7 @@ class AttentionGroup:
             )
             found.tensors = (key_positions, positions, tables, row_blocks)  # the structure itself keeps nothing alive
             self._decodes[present] = found
-        found.window = NO_WINDOW if sliding_window is None else sliding_window
+        found.window = NO_WINDOW if window is None else window
         found.scaling = scaling
         return found
 
@@ -99,22 +96,19 @@ class AttentionGroup:
                 key_positions[row, hidden.start : hidden.end] = NEVER
         return key_positions
 
-    def mask(self, layer: int, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    def mask(self, layer: int, reach: Reach, dtype: torch.dtype) -> torch.Tensor:
         """`[rows, 1, 1, max_queries, slots]`, 0 where the query sees the key and -inf elsewhere."""
         present = self._present(layer)
-        found = self._masks.get((sliding_window, present))
+        found = self._masks.get((reach, present))
         if found is None:
             key_positions = self._key_positions(present)
             if self.is_causal:
-                distance = self.query_positions[:, :, None] - key_positions[:, None, :]
-                seen = distance >= 0
-                if sliding_window is not None:
-                    seen &= distance < sliding_window
+                seen = reach.sees(self.query_positions[:, :, None], key_positions[:, None, :])
             else:
                 seen = (key_positions != NEVER)[:, None, :].expand(-1, self.query_positions.shape[1], -1)
             found = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
             found = found[:, None, None]
-            self._masks[sliding_window, present] = found
+            self._masks[reach, present] = found
         return found
 
     def bias(self, by_distance: torch.Tensor) -> torch.Tensor:
@@ -138,6 +132,6 @@ class SharedKeys:
     """
 
     token_index: torch.Tensor
-    block_index: torch.Tensor
+    block_index: BlockIndex
     num_tokens: int
     layers: frozenset[int] | None  # None: all

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from prefix_store.prefix import Reads
 from server.engine.attention_group import AttentionGroup, Hidden, SharedKeys
-from server.engine.kv_blocks import BLOCK_SIZE, NULL_BLOCK, KVBlocks, num_blocks_for
+from server.engine.kv_blocks import BLOCK_SIZE, NULL_BLOCK, BlockIndex, KVBlocks, num_blocks_for
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sequence import NEVER, Context, Positions, Row
 
@@ -72,12 +73,29 @@ class PackedRow:
     keys: Keys
     cross_keys: Keys | None = None
     embeddings: torch.Tensor | None = None
+    num_embedded_tokens: int = 0
     wants_logits: bool = False
+
+    def part(self, start: int, end: int) -> PackedRow:
+        """Its tokens `start .. end - 1`, which want the logits if they are the last."""
+        return replace(
+            self,
+            token_ids=self.token_ids[start:end],
+            positions=self.positions[start:end],
+            start=self.start + start,
+            num_embedded_tokens=max(self.num_embedded_tokens - start, 0),
+            wants_logits=self.wants_logits and end == len(self.token_ids),
+        )
 
 
 @dataclass
 class Batch:
-    """The step: ids `[1, num_tokens]` with explicit positions; `embeddings` replace the ids at `embedding_index`."""
+    """The step: ids `[1, num_tokens]` with explicit positions; `embeddings` replace the ids at `embedding_index`.
+
+    Where the model computes something else from embeddings than from ids, a step has two streams: `before` runs first,
+    and the model is handed the embeddings of all its tokens (`is_embedded`). `logits_order` `[num_logits]` then takes
+    the rows' logits out of those of `before` followed by this stream's.
+    """
 
     input_ids: torch.Tensor  # [1, num_tokens]
     position_ids: torch.Tensor  # [1, num_tokens]
@@ -88,7 +106,11 @@ class Batch:
     embedding_index: torch.Tensor | None = None  # [n]
     embeddings: torch.Tensor | None = None  # [n, hidden_size]
     cross_groups: list[AttentionGroup] = field(default_factory=list)
-    encoder: Batch | None = None  # of the rows that start
+    encoders: list[Batch] = field(default_factory=list)  # of the rows that start
+    encoded_slots: torch.Tensor | None = None  # where cross-attention keeps K and V of their encoded tokens
+    before: Batch | None = None
+    logits_order: torch.Tensor | None = None
+    is_embedded: bool = False
     shared_keys: list[SharedKeys] = field(default_factory=list)
     make_whole_groups: Callable[[], list[AttentionGroup]] = list
     _whole_groups: list[AttentionGroup] | None = field(default=None, init=False)
@@ -118,22 +140,54 @@ def attending(batch: Batch) -> Iterator[None]:
         current_batch.reset(token)
 
 
-def batch_of(rows: list[Row], sampled: set[Row], kv_blocks: KVBlocks, prefixes: Iterable[ResidentPrefix] = ()) -> Batch:
+def batch_of(
+    rows: list[Row],
+    sampled: set[Row],
+    kv_blocks: KVBlocks,
+    prefixes: Iterable[ResidentPrefix] = (),
+    *,
+    reads: Reads = "either",
+) -> Batch:
     """The step of rows and of soft prompts with scheduled tokens; rows of `sampled` want the logits of their last one.
-    A row may stand behind a prefix whose last tokens are computed in the same step."""
-    encoder = None
-    starting = [row for row in rows if row.num_unencoded_tokens]
+    A row may stand behind a prefix whose last tokens are computed in the same step. `reads` is the model's."""
+    encoders: list[Batch] = []
+    starting = [_encoder_row(row) for row in rows if row.num_unencoded_tokens]
     if starting:
-        encoder = make_batch([_encoder_row(row) for row in starting], kv_blocks, is_causal=False)
+        embedded, by_ids = _by_input(starting, reads)
+        encoders += [make_batch(embedded, kv_blocks, is_causal=False, is_embedded=True)] if embedded else []
+        encoders += [make_batch(by_ids, kv_blocks, is_causal=False)] if by_ids else []
     packed = [_decoder_row(row, wants_logits=row in sampled) for row in rows]
     packed += [_prefix_row(resident) for resident in prefixes]
-    return make_batch(packed, kv_blocks, encoder=encoder)
+    embedded, by_ids = _by_input(packed, reads)
+    if not embedded:
+        return make_batch(by_ids, kv_blocks, encoders=encoders)
+    before = make_batch(embedded, kv_blocks, is_embedded=True)
+    if not by_ids:
+        return before
+    is_by_ids = np.array([row.num_embedded_tokens < len(row.token_ids) for row in packed if row.wants_logits])
+    order = np.argsort(np.argsort(is_by_ids, kind="stable"))  # of a row, its place where those by ids come last
+    batch = make_batch(by_ids, kv_blocks)
+    return replace(batch, before=before, logits_order=torch.from_numpy(order).to(kv_blocks.device))
+
+
+def _by_input(rows: list[PackedRow], reads: Reads) -> tuple[list[PackedRow], list[PackedRow]]:
+    """What the model is handed as embeddings and what as ids: all of it in one where that is the same to the model."""
+    if reads != "each":
+        return [], rows
+    embedded, by_ids = [], []
+    for row in rows:
+        if row.num_embedded_tokens:
+            embedded.append(row.part(0, row.num_embedded_tokens))
+        if row.num_embedded_tokens < len(row.token_ids):
+            by_ids.append(row.part(row.num_embedded_tokens, len(row.token_ids)))
+    return embedded, by_ids
 
 
 def _decoder_row(row: Row, *, wants_logits: bool) -> PackedRow:
     start, end = row.num_computed_tokens, row.num_computed_tokens + row.num_scheduled_tokens
     return PackedRow(
         token_ids=row.token_ids[start:end],
+        num_embedded_tokens=min(max(row.num_embedded_tokens - start, 0), end - start),
         positions=row.context.own_positions[start:end],
         start=start,
         own_blocks=row.block_table,
@@ -152,12 +206,13 @@ def _prefix_row(resident: ResidentPrefix) -> PackedRow:
     slot_positions = Context([], np.arange(end)).slot_positions
     ids = [-1 - i for i in range(start, end)]
     keys = Keys(blocks, slot_positions)
-    return PackedRow(ids, positions, start, blocks, keys, embeddings=resident.embeddings)
+    return PackedRow(ids, positions, start, blocks, keys, embeddings=resident.embeddings, num_embedded_tokens=len(ids))
 
 
 def _encoder_row(row: Row) -> PackedRow:
     return PackedRow(
         token_ids=row.encoder_ids,
+        num_embedded_tokens=len(row.encoder_ids) if row.is_soft else 0,
         positions=row.encoder_context.own_positions,
         start=0,
         own_blocks=row.cross_table,
@@ -180,7 +235,12 @@ def _keys(row: Row, context: Context, own_blocks: list[int]) -> Keys:
 
 
 def make_batch(
-    rows: list[PackedRow], kv_blocks: KVBlocks, *, is_causal: bool = True, encoder: Batch | None = None
+    rows: list[PackedRow],
+    kv_blocks: KVBlocks,
+    *,
+    is_causal: bool = True,
+    is_embedded: bool = False,
+    encoders: list[Batch] | None = None,
 ) -> Batch:
     """Pack rows into one stream."""
     device = kv_blocks.device
@@ -214,7 +274,9 @@ def make_batch(
         embedding_index=embedding_index.to(device) if tables else None,
         embeddings=torch.cat(tables) if tables else None,
         cross_groups=_groups([row.cross_keys for row in rows], rows, offsets, kv_blocks, is_causal=False),
-        encoder=encoder,
+        encoders=encoders or [],
+        encoded_slots=torch.cat([encoder.slot_mapping for encoder in encoders]) if encoders else None,
+        is_embedded=is_embedded,
         shared_keys=shared,
         make_whole_groups=lambda: _groups(keys, rows, offsets, kv_blocks, is_causal=is_causal),
     )
@@ -238,7 +300,7 @@ def _share(
     shared = [
         SharedKeys(
             token_index=torch.tensor(tokens[blocks]).to(kv_blocks.device),
-            block_index=kv_blocks.blocks(torch.tensor([blocks])),
+            block_index=BlockIndex(torch.tensor([blocks])),
             num_tokens=prefix.num_tokens,
             layers=prefix.layers,
         )

@@ -17,7 +17,7 @@ enum { LANES = 16 };
 #else
 enum { LANES = 8 };
 #endif
-enum { BLOCK_SIZE = 16, CHUNK = 128, MAX_GROUP = 8, MAX_HEAD_DIM = 256 };
+enum { BLOCK_SIZE = 16, CHUNK = 128, MAX_GROUP = 8, MAX_HEAD_DIM = 512 };
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));

@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-fPIC")
 COMPILE_S = 120.0
 DIGEST_BYTES = 32
-LANES, MAX_HEAD_DIM = 16, 256
+LANES, MAX_HEAD_DIM = 16, 512
 PANEL = 16  # outputs whose weights lie together for `multiply_int8`
 DTYPES = (torch.float32, torch.bfloat16)
 NO_WINDOW = 2**62
@@ -102,7 +102,7 @@ class CpuKernels:
         return x
 
     def write_kv(self, layer: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """`key` and `value` `[kv_heads, tokens, head_dim]` into the `slots` `[tokens]` of a layer of `KVBlocks.kv`."""
+        """`key` and `value` `[kv_heads, tokens, head_dim]` into the `slots` `[tokens]` of a layer of `KVBlocks`."""
         heads, tokens, dim = key.shape
         key_strides, value_strides = key.stride(), value.stride()
         self._write_kv(
@@ -129,7 +129,7 @@ class CpuKernels:
         layer: torch.Tensor,
         seen: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
-        """One query a row: `query` `[1, heads, tokens, head_dim]` over `layer` of `KVBlocks.kv`, to `out`
+        """One query a row: `query` `[1, heads, tokens, head_dim]` over `layer` of `KVBlocks`, to `out`
         `[tokens, heads, head_dim]`. `seen` is what was attended already: as `out`, and the log-sum-exp, in fp32."""
         _, decode.heads, _, decode.head_dim = query.shape
         _, decode.num_blocks, decode.kv_heads, _ = layer.shape

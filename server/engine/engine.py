@@ -174,7 +174,8 @@ class Engine:
         sampled = [sequence for sequence in sequences if sequence.is_sampled]
         kv_blocks = self.runner.kv_blocks
         try:
-            batch = batch_of(rows, {row for sequence in sampled for row in sequence.rows}, kv_blocks, prefixes)
+            wanting = {row for sequence in sampled for row in sequence.rows}
+            batch = batch_of(rows, wanting, kv_blocks, prefixes, reads=self.runner.shape.reads)
             samples = sample(self.runner.run(batch), sampled, kv_blocks.kernels)
         except Exception as error:  # also when memory is short; whoever is at fault for it is found
             for sequence in sampled:

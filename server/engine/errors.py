@@ -21,6 +21,12 @@ Any of them may be the prefix's own fault (`is_versions_fault`), which counts ag
 from __future__ import annotations
 
 
+def one_line(error: Exception) -> str:
+    """The first line of what an error of others says, and its type."""
+    text = (str(error).strip() or "no reason given").splitlines()[0][:200]
+    return f"{type(error).__name__}: {text}"
+
+
 class EngineError(Exception):
     """Base of every error that the engine raises for a caller's request. `is_versions_fault`: the prefix's file is
     damaged, or its numbers; not where memory was short, a step failed or a limit forbids it."""

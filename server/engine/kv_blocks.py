@@ -12,15 +12,36 @@ import torch
 
 from prefix_store.prefix import Layout, ModelShape
 from server.engine.cpu_kernels import CpuKernels, fits
+from server.engine.reach import Reach
 
 BLOCK_SIZE = 16  # tokens
 NULL_BLOCK = 0  # always zeros; pads block tables
 
 
-class KVBlocks:
-    """`kv` is `[layers, 2, num_blocks, num_kv_heads, block_size * head_dim]`, keys before values.
+class BlockIndex:
+    """Gathers the blocks of `block_tables` `[rows, blocks]` out of a layer, for any number of heads."""
 
-    Heads come before tokens inside a block, so gathered blocks form `[rows * kv_heads, tokens, head_dim]`,
+    def __init__(self, block_tables: torch.Tensor) -> None:
+        self.block_tables = block_tables
+        self._by_heads: dict[int, torch.Tensor] = {}
+
+    def of(self, num_kv_heads: int, num_blocks: int, device: torch.device) -> torch.Tensor:
+        """`[2 * rows * num_kv_heads * blocks]`: heads of keys, then heads of values, in a pool of `num_blocks`."""
+        found = self._by_heads.get(num_kv_heads)
+        if found is None:
+            heads = torch.arange(num_kv_heads)[None, :, None]
+            keys = (self.block_tables[:, None, :] * num_kv_heads + heads).reshape(-1)
+            found = torch.cat((keys, keys + num_blocks * num_kv_heads)).to(device)
+            self._by_heads[num_kv_heads] = found
+        return found
+
+
+class KVBlocks:
+    """`layers[i]` is what decoder layer i reads, `[2, num_blocks, num_kv_heads, block_size * dim]`, keys before values;
+    layers without keys and values of their own have another layer's tensor. `dim` is the wider one of the layer's keys
+    and values: the narrower ones end in zeros.
+
+    Heads come before tokens inside a block, so gathered blocks form `[rows * kv_heads, tokens, dim]`,
     the shape of the batched products, without a transpose. `kernels` stays None where they do not fit.
     """
 
@@ -28,57 +49,61 @@ class KVBlocks:
         self, shape: ModelShape, num_blocks: int, device: torch.device, kernels: CpuKernels | None = None
     ) -> None:
         self.num_blocks = num_blocks
-        self.num_kv_heads = shape.num_kv_heads
-        self.head_dim = shape.head_dim
         self.dtype = shape.dtype
         self.device = device
-        size = (_depth(shape), 2, num_blocks, shape.num_kv_heads, BLOCK_SIZE * shape.head_dim)
-        self.kv = _zeros(size, shape.dtype, device)
-        self.kernels = kernels if fits(device, shape.dtype, shape.head_dim) else None
-        self.layers = list(self.kv)
-        self._blocks = [layer.view(-1, BLOCK_SIZE * shape.head_dim) for layer in self.kv]
-        self._slots = [layer.view(-1, shape.head_dim) for layer in self.kv]
+        shapes = [shape.layer(layer) for layer in range(_depth(shape))]
+        self.sources = [layer.source for layer in shapes]
+        self.reaches = [Reach(layer.window, layer.chunk) for layer in shapes]
+        sizes = {i: (2, num_blocks, heads, BLOCK_SIZE * dim) for i, (heads, dim) in _own_layers(shape).items()}
+        own = {i: _zeros(size, shape.dtype, device) for i, size in sizes.items()}
+        self.layers = [own[source] for source in self.sources]
+        self._own = list(own.values())
+        is_fit = all(fits(device, shape.dtype, layer.shape[3] // BLOCK_SIZE) for layer in self._own)
+        self.kernels = kernels if is_fit else None
 
     def write(self, layer: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store `key` and `value`, each `[num_kv_heads, num_tokens, head_dim]`, at `slot_mapping` (from `slots`)."""
+        """Store `key` and `value`, each `[num_kv_heads, num_tokens, its width]`, at `slot_mapping` (from `slots`)."""
+        dim = self.layers[layer].shape[3] // BLOCK_SIZE
+        key, value = as_wide(key, dim), as_wide(value, dim)
         is_dense = key.stride(-1) == value.stride(-1) == 1
         if self.kernels is not None and is_dense and key.dtype is value.dtype is self.dtype:
             self.kernels.write_kv(self.layers[layer], slot_mapping, key, value)
             return
-        if self.kernels is not None:
-            slot_mapping = self._expanded(slot_mapping)
-        self._slots[layer].index_copy_(0, slot_mapping, torch.cat((key, value)).reshape(-1, self.head_dim))
+        _, num_blocks, num_kv_heads, _ = self.layers[layer].shape
+        blocks = self.layers[layer].view(2, num_blocks, num_kv_heads, BLOCK_SIZE, -1)
+        kv = torch.stack((key, value)).permute(2, 0, 1, 3)
+        blocks[:, slot_mapping // BLOCK_SIZE, :, slot_mapping % BLOCK_SIZE] = kv
 
-    def gather(self, layer: int, block_index: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of rows' blocks, each `[num_rows * num_kv_heads, tokens, head_dim]`; `block_index` from `blocks`."""
-        size = (2, num_rows * self.num_kv_heads, -1, self.head_dim)
-        gathered = self._blocks[layer].index_select(0, block_index).view(size)
+    def gather(self, layer: int, index: BlockIndex, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of rows' blocks, each `[num_rows * num_kv_heads, tokens, dim]`."""
+        _, num_blocks, num_kv_heads, block_width = self.layers[layer].shape
+        blocks = self.layers[layer].view(-1, block_width)
+        gathered = blocks.index_select(0, index.of(num_kv_heads, num_blocks, self.device))
+        gathered = gathered.view(2, num_rows * num_kv_heads, -1, block_width // BLOCK_SIZE)
         return gathered[0], gathered[1]
 
     def slots(self, block_ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """The `slot_mapping` of `offsets` in `block_ids`, each `[num_tokens]`: a slot a token for the kernels, a place
-        of each head's key and value `[2 * num_kv_heads * num_tokens]` without them."""
-        slots = block_ids * BLOCK_SIZE + offsets
-        return slots if self.kernels is not None else self._expanded(slots)
-
-    def _expanded(self, slots: torch.Tensor) -> torch.Tensor:
-        heads = torch.arange(self.num_kv_heads)[:, None]
-        keys = (slots // BLOCK_SIZE * self.num_kv_heads + heads) * BLOCK_SIZE + slots % BLOCK_SIZE
-        values = keys + self.num_blocks * self.num_kv_heads * BLOCK_SIZE
-        return torch.cat((keys, values)).reshape(-1).to(self.device)
-
-    def blocks(self, block_tables: torch.Tensor) -> torch.Tensor:
-        """The gather index `[2 * rows * num_kv_heads * blocks]` of `block_tables` `[rows, blocks]`."""
-        heads = torch.arange(self.num_kv_heads)[None, :, None]
-        keys = (block_tables[:, None, :] * self.num_kv_heads + heads).reshape(-1)
-        return torch.cat((keys, keys + self.num_blocks * self.num_kv_heads)).to(self.device)
+        """The `slot_mapping` of `offsets` in `block_ids`, each `[num_tokens]`."""
+        return (block_ids * BLOCK_SIZE + offsets).to(self.device)
 
     def is_finite(self, block_ids: list[int]) -> bool:
-        return bool(torch.isfinite(self.kv.index_select(2, torch.tensor(block_ids, device=self.device))).all())
+        index = torch.tensor(block_ids, device=self.device)
+        return all(bool(torch.isfinite(layer.index_select(1, index)).all()) for layer in self._own)
+
+    def is_all_finite(self) -> bool:
+        return all(bool(torch.isfinite(layer).all()) for layer in self._own)
 
     def clear(self, block_ids: list[int]) -> None:
         """Zero blocks that may hold values that are not finite: a masked key's weight is 0, and 0 * NaN is NaN."""
-        self.kv.index_fill_(2, torch.tensor(block_ids, device=self.device), 0)
+        index = torch.tensor(block_ids, device=self.device)
+        for layer in self._own:
+            layer.index_fill_(1, index, 0)
+
+
+def as_wide(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """`[..., dim]`, zeros behind: they add nothing to a query's product with a key, and nothing to what it takes."""
+    missing = dim - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 class BlockAllocator:
@@ -126,7 +151,8 @@ def split_pool(kv_tokens: int, prefix_tokens: int) -> tuple[int, int]:
 
 def block_bytes(shape: ModelShape) -> int:
     """Bytes of one block over all layers, keys and values."""
-    return _depth(shape) * 2 * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim * shape.dtype.itemsize
+    num_values = sum(heads * dim for heads, dim in _own_layers(shape).values())
+    return 2 * BLOCK_SIZE * num_values * shape.dtype.itemsize
 
 
 def prefix_blocks(layout: Layout, shape: ModelShape) -> int:
@@ -143,6 +169,13 @@ def prefix_blocks(layout: Layout, shape: ModelShape) -> int:
 def _depth(shape: ModelShape) -> int:
     """An encoder's K and V pass through the blocks that later hold its row's cross-attention."""
     return max(shape.num_layers, shape.num_encoder_layers)
+
+
+def _own_layers(shape: ModelShape) -> dict[int, tuple[int, int]]:
+    """Heads and width of every layer with keys and values of its own."""
+    own = range(_depth(shape)) if shape.is_encoder_decoder else shape.kv_layers
+    layers = {index: shape.layer(index) for index in own}
+    return {index: (layer.num_kv_heads, max(layer.key_dim, layer.value_dim)) for index, layer in layers.items()}
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

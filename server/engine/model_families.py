@@ -1,4 +1,5 @@
-"""What single families need so that a packed stream can pass through their own modules: T5's bias, BART's positions."""
+"""What single families need so that a packed stream can pass through their own modules: T5's bias, BART's positions,
+Llama 4's."""
 
 from __future__ import annotations
 
@@ -26,6 +27,29 @@ class PackedPositions(torch.nn.Module):
             return found
         table = self._own.weights if hasattr(self._own, "weights") else self._own.weight
         return torch.nn.functional.embedding(batch.position_ids + self._offset, table)
+
+
+class PackedLengths:
+    """In place of a cache, for families whose layers take a token's position from the cache's length and the token's
+    place in the tensor (Llama 4's temperature): the length is then one a token."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        positions = current_batch.get().position_ids[0]
+        return positions - torch.arange(len(positions), device=positions.device)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return key, value
+
+
+def counts_by_cache(model: Any) -> bool:
+    """Whether its layers ask a cache for their tokens' positions."""
+    return any(getattr(module, "attn_temperature_tuning", False) for module in model.modules())
 
 
 @torch.no_grad()

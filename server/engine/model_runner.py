@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+)
 
 from prefix_store.prefix import ModelShape, Prefix
 from server.engine.attention import NAME
@@ -16,13 +21,11 @@ from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError, PrefixFaultError
 from server.engine.fused_modules import fuse_modules
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for, prefix_blocks
-from server.engine.model_families import prepare
+from server.engine.model_families import PackedLengths, counts_by_cache, prepare
 from server.engine.quantized_weights import quantize_weights
 from server.engine.reordered_weights import reorder_weights
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sequence import PrefixRef, Row
-
-MAX_RELATIVE_POSITIONS = 4096  # of a model whose positions have no end of their own
 
 
 class ModelRunner:
@@ -32,6 +35,7 @@ class ModelRunner:
         self.model = model.eval().requires_grad_(False)
         self.shape = shape
         self.kv_blocks = kv_blocks
+        self._lengths = PackedLengths() if counts_by_cache(model) else None
         self.decoder_start_ids = _decoder_start_ids(model) if shape.is_encoder_decoder else ()
 
     @torch.inference_mode()
@@ -39,10 +43,18 @@ class ModelRunner:
         """Logits `[num_logits, vocab_size]` of the batch's `logits_index`; K and V of the stream are in the pool."""
         if self.shape.is_encoder_decoder:
             return self._run_seq2seq(batch)
+        if batch.before is None:
+            return self._run_causal(batch)
+        assert batch.logits_order is not None
+        both = torch.cat((self._run_causal(batch.before), self._run_causal(batch)))
+        return both.index_select(0, batch.logits_order)
+
+    def _run_causal(self, batch: Batch) -> torch.Tensor:
         with attending(batch):
             output = self.model(
                 **self._inputs(self.model, batch),
                 position_ids=batch.position_ids,
+                past_key_values=self._lengths,
                 use_cache=False,
                 logits_to_keep=batch.logits_index,
             )
@@ -55,9 +67,12 @@ class ModelRunner:
         encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
         # Modules make no K of zero tokens; of this one nothing is written.
         encoded = torch.zeros(1, 1, self.shape.hidden_size, dtype=self.shape.dtype, device=self.kv_blocks.device)
-        if batch.encoder is not None:
-            with attending(batch.encoder):
-                encoded = encoder(**self._inputs(encoder, batch.encoder)).last_hidden_state
+        if batch.encoders:
+            streams = []
+            for stream in batch.encoders:
+                with attending(stream):
+                    streams.append(encoder(**self._inputs(encoder, stream)).last_hidden_state)
+            encoded = torch.cat(streams, 1)
         with attending(batch):
             output = self.model(
                 encoder_outputs=(encoded,),
@@ -69,10 +84,11 @@ class ModelRunner:
 
     def _inputs(self, stack: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """Ids, or embeddings where the stream has tokens that no id stands for."""
-        if batch.embeddings is None or batch.embedding_index is None:
+        if batch.embeddings is None and not batch.is_embedded:
             return {"input_ids": batch.input_ids}
         embedded = stack.get_input_embeddings()(batch.input_ids)
-        embedded[0].index_copy_(0, batch.embedding_index, batch.embeddings.to(embedded.dtype))
+        if batch.embeddings is not None and batch.embedding_index is not None:
+            embedded[0].index_copy_(0, batch.embedding_index, batch.embeddings.to(embedded.dtype))
         return {"inputs_embeds": embedded}
 
     @torch.inference_mode()
@@ -112,14 +128,20 @@ class ModelRunner:
         row.num_scheduled_tokens = len(row.token_ids)
         resident.num_scheduled_tokens = resident.num_uncomputed_tokens
         computed = [resident] if resident.num_scheduled_tokens else []
-        logits = self.run(batch_of([row], {row}, trial, computed))
-        if not (bool(torch.isfinite(logits).all()) and bool(torch.isfinite(trial.kv).all())):
+        logits = self.run(batch_of([row], {row}, trial, computed, reads=self.shape.reads))
+        if not (bool(torch.isfinite(logits).all()) and trial.is_all_finite()):
             raise PrefixFaultError("the model's logits behind this prefix must be finite, got NaN or infinity")
 
 
 def model_class(config: Any) -> Any:
-    """Of transformers' classes the one that generates text."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    """Of transformers' classes the one that generates text. Raises ModelRefusedError where there is none."""
+    kind: Any
+    kind, mapping = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder:
+        kind, mapping = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        raise ModelRefusedError("transformers has no class for it that generates text from text alone")
+    return kind
 
 
 def load_model(
@@ -135,15 +157,18 @@ def load_model(
     """A frozen transformers model that calls our attention, on a CPU with its weights reordered or in 8 bits and, with
     `kernels`, its small modules in one pass each. Raises ModelRefusedError for one that cannot."""
     config = AutoConfig.from_pretrained(path, revision=revision)
+    kind = model_class(config)
     try:
-        model: Any = model_class(config).from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
+        model: Any = kind.from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
     except (ValueError, KeyError) as error:  # KeyError: a family with a table of attention classes of its own
-        raise ModelRefusedError(f"{config.model_type} does not take another attention function: {error}") from error
+        if NAME not in str(error) and not isinstance(error, KeyError):
+            raise
+        raise ModelRefusedError("it has attention of its own, which cannot be replaced") from error
     if config.is_encoder_decoder:
         try:
             prepare(model)
         except (AttributeError, TypeError) as error:  # modules of another make than those that it knows
-            raise ModelRefusedError(f"{config.model_type} does not take packed streams: {error}") from error
+            raise ModelRefusedError("its encoder and decoder do not take packed streams") from error
     model = model.to(device).eval().requires_grad_(False)
     if quantizes:
         quantize_weights(model, kernels)
@@ -152,18 +177,6 @@ def load_model(
     if kernels is not None:
         fuse_modules(model, kernels)
     return model
-
-
-def _max_even_positions(config: Any) -> float:
-    """Up to which a position is turned alike whatever other rows do: longrope has other frequencies for all rows of a
-    step in which one is beyond this."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    ropes = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
-    if all(rope.get("rope_type") != "longrope" for rope in ropes):
-        return math.inf
-    found = [rope.get("original_max_position_embeddings") for rope in ropes]
-    found.append(getattr(config, "original_max_position_embeddings", None))
-    return min((each for each in found if each), default=math.inf)
 
 
 def _decoder_start_ids(model: Any) -> tuple[int, ...]:
@@ -185,42 +198,3 @@ def native_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def measure_shape(
-    model: Any, model_name: str, fingerprint: str, aliases: tuple[str, ...] = (), max_virtual_tokens: int = 4096
-) -> ModelShape:
-    """The measures that an artefact must fit, read off the model's config and layers. Raises ModelRefusedError."""
-    is_seq2seq = bool(model.config.is_encoder_decoder)
-    config = model.config if is_seq2seq else model.config.get_text_config()
-    max_positions = getattr(config, "max_position_embeddings", None)
-    if max_positions is None and is_seq2seq:
-        max_positions = getattr(config, "n_positions", MAX_RELATIVE_POSITIONS)  # T5 has biases of distances
-    if max_positions is None:
-        raise ModelRefusedError(f"{config.model_type}: expected a model with positions, it has no largest one")
-    max_positions = min(max_positions, _max_even_positions(config))
-    num_heads = getattr(config, "num_attention_heads", None)
-    if num_heads is None:
-        raise ModelRefusedError(f"{config.model_type}: expected num_attention_heads in its config, found none")
-    head_dim = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    multi_query = getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads")
-    num_kv_heads = 1 if multi_query else getattr(config, "num_key_value_heads", None) or num_heads
-    if is_seq2seq and getattr(config, "decoder_attention_heads", num_heads) != num_heads:
-        raise ModelRefusedError(f"{config.model_type}: expected as many heads in the encoder as in the decoder")
-    num_decoder_layers = next(
-        (n for name in ("num_decoder_layers", "decoder_layers") if (n := getattr(config, name, None))), None
-    )
-    return ModelShape(
-        num_layers=num_decoder_layers if is_seq2seq and num_decoder_layers else config.num_hidden_layers,
-        num_encoder_layers=config.num_hidden_layers if is_seq2seq else 0,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        hidden_size=model.get_input_embeddings().embedding_dim,
-        vocab_size=model.get_input_embeddings().num_embeddings,
-        max_positions=max_positions,
-        dtype=model.dtype,
-        model_name=model_name,
-        fingerprint=fingerprint,
-        model_aliases=aliases,
-        max_virtual_tokens=max_virtual_tokens,
-    )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import DynamicCache
 
 from prefix_store.prefix import Layers, ModelShape, Prefix
-from server.engine.batch import batch_of
+from server.engine.attention_probe import NUM_TOKENS as NUM_PROBED_TOKENS
+from server.engine.attention_probe import ask, probed_ids, recording
+from server.engine.batch import Batch, Keys, PackedRow, batch_of, make_batch
 from server.engine.cpu_kernels import CpuKernels
-from server.engine.errors import ModelRefusedError
-from server.engine.kv_blocks import KVBlocks, prefix_blocks
+from server.engine.errors import ModelRefusedError, one_line
+from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, prefix_blocks
 from server.engine.model_runner import ModelRunner
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sequence import PrefixRef, Row
@@ -19,7 +24,7 @@ from server.engine.sequence import PrefixRef, Row
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.12, torch.float16: 0.02}  # of the logits' largest magnitude
 INT8_TOLERANCE = 0.25  # against other attention: an input that is a little different may be rounded to another byte
 NUM_VIRTUAL_TOKENS = 5
-PROMPT_TOKENS = (9, 12)
+PROMPT_TOKENS = (10, 9, 12)
 SPLIT = 7  # tokens of the first of two steps
 
 
@@ -29,121 +34,202 @@ class Text:
 
     prompt: list[int]
     text: list[int]
-    sees_prefix: bool = False
+    prefix: str | None = None
     num_computed: int = 0
     num_known: int | None = None  # None: all of it
 
 
 @torch.inference_mode()
 def self_check(model: Any, shape: ModelShape, kernels: CpuKernels | None = None, *, is_quantized: bool = False) -> None:
-    """Two packed rows, one behind a random prefix, against each alone and in two steps; a row without a prefix against
-    the model's own eager attention. Every token's logits count, every layer must attend.
+    """Three packed rows, a bare one, one behind random keys and values, one behind a random soft prompt, against each
+    alone and in two steps, and each against the model's own eager attention. Every token's logits count. Far into a
+    text, what packed rows hand to their attention must be what the model hands on by itself.
 
     Raises ModelRefusedError naming the model.
     """
-    kind = model.config.model_type
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(3, shape.vocab_size, (count,), generator=generator).tolist()
 
-    bare, behind = (Text(tokens(n), tokens(n)) for n in PROMPT_TOKENS)
-    behind = replace(behind, sees_prefix=True)
+    soft, bare, behind = (Text(tokens(n), tokens(n)) for n in PROMPT_TOKENS)
+    soft, behind = replace(soft, prefix="soft"), replace(behind, prefix="kv")
     try:
-        rows = _Rows(model, shape, _random_prefix(shape, generator), kernels)
-        bare_alone = rows.logits([bare])
-        behind_alone = rows.logits([behind])
-        without = rows.logits([replace(behind, sees_prefix=False)])
-        together = rows.logits([bare, behind])
+        rows = _Rows(model, shape, _random_prefixes(shape, generator), kernels)
+        texts = [text for text in (soft, bare, behind) if text.prefix is None or text.prefix in rows.prefixes]
+        alone = {text.prefix: rows.logits([text]) for text in texts}
+        together = rows.logits(texts)
         first_step = rows.logits([replace(behind, num_known=SPLIT)])
         second_step = rows.logits([replace(behind, num_computed=SPLIT)])
-        own = _own_logits(model, behind)
-        silent = rows.silent_layers()
+        without = rows.logits([replace(behind, prefix=None)])
+        own = {text.prefix: _own_logits(model, shape, text, rows.prefixes) for text in texts}
+        inputs, own_inputs = _inputs_of_attention(model, shape, rows)
     except Exception as error:  # a model that does not take packed rows fails in ways of its own
-        raise ModelRefusedError(f"{kind}: expected a model that takes packed rows, it fails with: {error}") from error
-    if silent:
-        raise ModelRefusedError(f"{kind} cannot be served: layers {silent} never call the attention that it is given")
+        raise ModelRefusedError(f"it does not take packed rows: {one_line(error)}") from error
     tolerance = TOLERANCE[shape.dtype]
     own_tolerance = INT8_TOLERANCE if is_quantized else tolerance
-    comparisons = {
-        "two packed rows differ from each alone": (together, torch.cat((bare_alone, behind_alone)), tolerance),
-        "a row in two steps differs from one step": (torch.cat((first_step, second_step)), behind_alone, tolerance),
-        "a row differs from the model's own attention": (without, own, own_tolerance),
-    }
-    for what, (found, expected, allowed) in comparisons.items():
+    in_steps = torch.cat((first_step, second_step))
+    comparisons = [
+        ("packed rows differ from each alone", together, torch.cat(list(alone.values())), tolerance),
+        ("a row in two steps differs from one step", in_steps, alone["kv"], tolerance),
+    ]
+    comparisons += [
+        (
+            f"a row ({prefix or 'no'} prefix) differs from the model's own",
+            alone[prefix],
+            logits,
+            own_tolerance,
+        )
+        for prefix, logits in own.items()
+        if logits is not None
+    ]
+    comparisons += [
+        (f"call {index} of attention at the context's end is not what the model hands on alone", *pair, tolerance)
+        for index, pair in enumerate(zip(inputs, own_inputs, strict=True))
+    ]
+    for what, found, expected, allowed in comparisons:
         limit = allowed * float(expected.abs().max())
         difference = float((found.float() - expected.float()).abs().max())
         if not difference <= limit:
-            raise ModelRefusedError(f"{kind} cannot be served: {what} by {difference:.3g} (limit {limit:.3g})")
-    if torch.equal(behind_alone, without):
-        raise ModelRefusedError(f"{kind} cannot be served: a prefix makes no difference to its answers")
+            raise ModelRefusedError(f"{what} by {difference:.3g} (limit {limit:.3g})")
+    if torch.equal(alone["kv"], without):
+        raise ModelRefusedError("a prefix makes no difference to its answers")
 
 
-def _random_prefix(shape: ModelShape, generator: torch.Generator) -> Prefix:
-    """KV for every attention that the model has."""
+def _random_prefixes(shape: ModelShape, generator: torch.Generator) -> dict[str, Prefix]:
+    """KV for every attention that the model has, and, where it takes them, embeddings."""
 
-    def layers(count: int) -> Layers:
-        size = (count, 2, shape.num_kv_heads, NUM_VIRTUAL_TOKENS, shape.head_dim)
-        kv = torch.randn(size, generator=generator)
-        return {i: (kv[i, 0], kv[i, 1]) for i in range(count)}
+    def layers(indices: Iterable[int]) -> Layers:
+        found = {}
+        for index in indices:
+            layer = shape.layer(index)
+            key, value = (
+                torch.randn(layer.num_kv_heads, NUM_VIRTUAL_TOKENS, dim, generator=generator)
+                for dim in (layer.key_dim, layer.value_dim)
+            )
+            found[index] = (key, value)
+        return found
 
-    if not shape.is_encoder_decoder:
-        return Prefix("kv", layers=layers(shape.num_layers))
-    encoder = layers(shape.num_encoder_layers)
-    return Prefix("kv", layers(shape.num_layers), encoder=encoder, cross=layers(shape.num_layers), is_seq2seq=True)
+    is_seq2seq = shape.is_encoder_decoder
+    own = layers(shape.kv_layers)
+    encoder, cross = (layers(range(shape.num_encoder_layers)), layers(shape.kv_layers)) if is_seq2seq else ({}, {})
+    found = {"kv": Prefix("kv", own, encoder=encoder, cross=cross, is_seq2seq=is_seq2seq)}
+    if shape.reads != "ids":
+        embeddings = torch.randn(NUM_VIRTUAL_TOKENS, shape.hidden_size, generator=generator)
+        found["soft"] = Prefix("soft", embeddings=embeddings, is_seq2seq=is_seq2seq)
+    return found
 
 
 class _Rows:
-    """Packed rows over a few blocks: a prefix's, and one of each kind for each of two rows."""
+    """Packed rows over a few blocks: each prefix's, and one of each kind for each of three rows."""
 
-    def __init__(self, model: Any, shape: ModelShape, prefix: Prefix, kernels: CpuKernels | None) -> None:
+    def __init__(self, model: Any, shape: ModelShape, prefixes: dict[str, Prefix], kernels: CpuKernels | None) -> None:
         self._shape = shape
-        self._ref = PrefixRef("self-check", prefix.layout)
-        num_shared = prefix_blocks(prefix.layout, shape)
-        self._kv_blocks = KVBlocks(shape, 1 + num_shared + 4, model.device, kernels)
-        self._runner = ModelRunner(model, shape, self._kv_blocks)
-        self._own = [1 + num_shared + i for i in range(4)]
-        self._resident = ResidentPrefix(self._ref, list(range(1, 1 + num_shared)))
-        self._runner.load(prefix, self._resident)
+        self.prefixes = prefixes
+        num_blocks = {name: prefix_blocks(prefix.layout, shape) for name, prefix in prefixes.items()}
+        num_own = 2 * len(PROMPT_TOKENS)
+        self.kv_blocks = KVBlocks(shape, 1 + sum(num_blocks.values()) + num_own, model.device, kernels)
+        self.runner = ModelRunner(model, shape, self.kv_blocks)
+        free = iter(range(1, self.kv_blocks.num_blocks))
+        self._residents = {}
+        for name, prefix in prefixes.items():
+            ref = PrefixRef(f"self-check-{name}", prefix.layout)
+            resident = ResidentPrefix(ref, [next(free) for _ in range(num_blocks[name])])
+            self.runner.load(prefix, resident)
+            resident.num_scheduled_tokens = resident.num_uncomputed_tokens
+            if resident.num_scheduled_tokens:
+                self.runner.run(batch_of([], set(), self.kv_blocks, [resident], reads=shape.reads))
+            self._residents[name] = resident
+        self.own_blocks = list(free)
 
     def logits(self, texts: list[Text]) -> torch.Tensor:
-        """Of every token that is computed `[num_tokens, vocab_size]`."""
+        """Of every token that is computed `[num_tokens, vocab_size]`, in the order of `texts`; a soft prompt's text is
+        the first."""
         rows = []
         for i, text in enumerate(texts):
             known = text.text[: text.num_known]
-            prefixes = (self._ref,) if text.sees_prefix else ()
+            residents = [self._residents[text.prefix]] if text.prefix in self._residents else []
+            prefixes = tuple(resident.ref for resident in residents)
             if self._shape.is_encoder_decoder:
                 row = Row(prefixes, text.prompt, tuple(known), 1)
                 row.is_encoded = text.num_computed > 0
-                row.cross_table = [self._own[2 * i + 1]]
+                row.cross_table = [self.own_blocks[2 * i + 1]]
             else:
                 row = Row(prefixes, known, (), 1)
-            row.residents = [self._resident] if text.sees_prefix else []
-            row.block_table = [self._own[2 * i]]
+            row.residents = residents
+            row.block_table = [self.own_blocks[2 * i]]
             row.num_computed_tokens = text.num_computed
             row.num_scheduled_tokens = len(known) - text.num_computed
             rows.append(row)
-        batch = batch_of(rows, set(rows), self._kv_blocks)
-        every = torch.arange(batch.position_ids.shape[1], device=batch.position_ids.device)
-        return self._runner.run(replace(batch, logits_index=every))
-
-    def silent_layers(self) -> list[int]:
-        """Layers that have written no K of a row's text: recurrent ones, whose state would cross rows."""
-        written = self._kv_blocks.kv[: self._shape.num_layers, 0, self._own[0]].flatten(1).any(1)
-        return (~written).nonzero()[:, 0].tolist()
+        batch = batch_of(rows, set(rows), self.kv_blocks, reads=self._shape.reads)
+        if batch.before is not None:
+            num_tokens = batch.before.position_ids.shape[1] + batch.position_ids.shape[1]
+            batch = replace(batch, before=_with_all_logits(batch.before), logits_order=torch.arange(num_tokens))
+        return self.runner.run(_with_all_logits(batch))
 
 
-def _own_logits(model: Any, text: Text) -> torch.Tensor:
-    """The model's eager attention on the same tokens, without our code: `[num_tokens, vocab_size]`."""
+def _with_all_logits(batch: Batch) -> Batch:
+    every = torch.arange(batch.position_ids.shape[1], device=batch.position_ids.device)
+    return replace(batch, logits_index=every)
+
+
+def _own_logits(model: Any, shape: ModelShape, text: Text, prefixes: dict[str, Prefix]) -> torch.Tensor | None:
+    """The model's eager attention on the same tokens, without our code: `[num_tokens, vocab_size]`. None where the
+    model itself takes no such prefix."""
+    prefix = None if text.prefix is None else prefixes.get(text.prefix)
+    if text.prefix is not None and prefix is None:
+        return None
+    text_ids, prompt_ids = (torch.tensor([ids], device=model.device) for ids in (text.text, text.prompt))
+    inputs: dict[str, Any] = {"input_ids": prompt_ids if shape.is_encoder_decoder else text_ids}
+    num_virtual_tokens = 0
+    if prefix is not None and prefix.embeddings is not None:
+        stack = model.get_encoder() if shape.is_encoder_decoder else model
+        soft = prefix.embeddings.to(model.device, shape.dtype)[None]
+        inputs = {"inputs_embeds": torch.cat((soft, stack.get_input_embeddings()(inputs["input_ids"])), 1)}
+        num_virtual_tokens = 0 if shape.is_encoder_decoder else NUM_VIRTUAL_TOKENS
+    elif prefix is not None:
+        if shape.is_encoder_decoder:
+            return None
+        cache = DynamicCache()
+        for layer, (key, value) in prefix.layers.items():
+            cache.update(key.to(model.device, shape.dtype)[None], value.to(model.device, shape.dtype)[None], layer)
+        num_tokens = NUM_VIRTUAL_TOKENS + len(text.text)
+        inputs["past_key_values"] = cache
+        inputs["attention_mask"] = torch.ones(1, num_tokens, dtype=torch.long, device=model.device)
+        inputs["position_ids"] = torch.arange(NUM_VIRTUAL_TOKENS, num_tokens, device=model.device)[None]
+    if shape.is_encoder_decoder:
+        inputs["decoder_input_ids"] = text_ids
     ours = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    text_ids, prompt_ids = (torch.tensor([ids], device=model.device) for ids in (text.text, text.prompt))
-    ids = {"input_ids": text_ids}
-    if model.config.is_encoder_decoder:
-        ids = {"input_ids": prompt_ids, "decoder_input_ids": text_ids}
     try:
-        output = model(**ids, use_cache=False)
+        output = model(**inputs, use_cache="past_key_values" in inputs)
     finally:
         model.set_attn_implementation(ours)
-    logits: torch.Tensor = output.logits[0]
+    logits: torch.Tensor = output.logits[0, num_virtual_tokens:]
     return logits
+
+
+def _inputs_of_attention(model: Any, shape: ModelShape, rows: _Rows) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What each layer hands to its attention for two texts, one at the context's start and one at its end: packed, and
+    by the model alone."""
+    if shape.is_encoder_decoder:
+        return [], []
+    far = shape.max_positions - NUM_PROBED_TOKENS
+    alone = [ask(model, position) for position in (0, far)]
+    packed = [
+        PackedRow(
+            probed_ids(model),
+            np.arange(start, start + NUM_PROBED_TOKENS),
+            0,
+            [block],
+            Keys([block], np.full(BLOCK_SIZE, start)),
+        )
+        for start, block in zip((0, far), rows.own_blocks, strict=False)
+    ]
+    with recording(model) as calls:
+        rows.runner.run(make_batch(packed, rows.kv_blocks))
+    expected = [
+        torch.cat([torch.cat(pair, 2).flatten() for pair in zip(near.tensors, distant.tensors, strict=True)])
+        for near, distant in zip(*alone, strict=True)
+    ]
+    return [torch.cat([tensor.flatten() for tensor in handed.tensors]) for handed in calls], expected

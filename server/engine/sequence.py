@@ -113,6 +113,7 @@ class Row:
         self.num_computed_tokens = 0  # whose K and V are in the pool
         self.num_scheduled_tokens = 0  # of them, how many this step computes
         self.is_encoded = False
+        self.is_soft = any(ref.layout.kind == "soft" for ref in prefixes)
         self.block_table: list[int] = []
         self.num_registered_blocks = 0  # of the block table, the first ones, which other rows may hold too
         self.cross_table: list[int] = []
@@ -128,6 +129,8 @@ class Row:
                 assert layout.separator is not None
                 self.token_ids.append(layout.separator)
                 gap = layout.num_decoder_tokens
+        # Of a decoder-only model's text, the tokens read with a soft prompt: PEFT hands on their embeddings, not ids.
+        self.num_embedded_tokens = len(self.token_ids) if self.is_soft and not decoder_start_ids else 0
         if decoder_start_ids:
             self.encoder_ids += prompt
             self.token_ids = list(decoder_start_ids)

@@ -15,7 +15,8 @@ from server.engine.attention import NAME
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes, split_pool
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, Layout, PrefixRef, Sequence
 from tests.tiny_models import FAMILIES, VOCAB, letter_tokenizer

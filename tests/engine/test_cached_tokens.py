@@ -16,7 +16,8 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine
 from server.engine.errors import GenerationError
 from server.engine.kv_blocks import KVBlocks, split_pool
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
 from tests.tiny_models import FAMILIES, HIDDEN, VOCAB, letter_tokenizer
@@ -281,11 +282,12 @@ def test_a_fault_in_the_middle_of_a_row_leaves_what_was_good(asked: Asked, cold:
     kv_blocks = asked.engine.runner.kv_blocks
     own = sequence.rows[0].unregistered_blocks
     assert len(own) == 1
-    kv_blocks.kv.index_fill_(2, torch.tensor(own), float("nan"))
+    for layer in kv_blocks.layers:
+        layer.index_fill_(1, torch.tensor(own), float("nan"))
     (error,) = asked.step()
     assert isinstance(error, GenerationError)
     assert asked.engine.own_blocks.num_cached == 3
-    assert torch.isfinite(kv_blocks.kv).all()
+    assert kv_blocks.is_all_finite()
     again = asked.answer("a", [*TEMPLATE, *sequence.output_token_ids])
     assert again.num_cached_tokens == 48
     assert again.output_token_ids == cold("a", [*TEMPLATE, *sequence.output_token_ids])

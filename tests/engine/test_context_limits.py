@@ -16,7 +16,8 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine
 from server.engine.errors import PromptTooLongError
 from server.engine.kv_blocks import KVBlocks, split_pool
-from server.engine.model_runner import ModelRunner, load_model, measure_shape, model_class
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner, load_model, model_class
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
 from tests.tiny_models import FAMILIES, SEQ2SEQ_FAMILIES, letter_tokenizer

@@ -18,6 +18,7 @@ from server.engine import cpu_kernels
 from server.engine.attention_group import AttentionGroup, Hidden
 from server.engine.cpu_kernels import PANEL, CpuKernels, in_panels, load_kernels
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for
+from server.engine.reach import Reach
 from server.engine.sequence import Context
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -299,13 +300,17 @@ class Scene:
     ) -> torch.Tensor:
         """By torch's operators in fp64, row by row."""
         _, heads, _, head_dim = self.query.shape
-        pool = self.kv_blocks.kv[layer].double().view(2, -1, self.kv_blocks.num_kv_heads, BLOCK_SIZE, head_dim)
+        pool = (
+            self.kv_blocks.layers[layer]
+            .double()
+            .view(2, -1, self.kv_blocks.layers[layer].shape[2], BLOCK_SIZE, head_dim)
+        )
         found = []
         for row, token in enumerate(self.tokens):
             blocks = self.group.block_tables[row, : int(self.group.row_blocks[row])]
             keys, values = pool[:, blocks].transpose(1, 2).flatten(2, 3)  # [kv_heads, slots, head_dim]
             keys, values = (x.repeat_interleave(heads // len(keys), 0) for x in (keys, values))
-            is_seen = self.group.mask(layer, window, torch.float64)[row, 0, 0, 0, : keys.shape[1]] == 0
+            is_seen = self.group.mask(layer, Reach(window), torch.float64)[row, 0, 0, 0, : keys.shape[1]] == 0
             scores = (keys[:, is_seen] @ self.query[0, :, token].double()[..., None])[..., 0]
             scores = scores * (head_dim**-0.5 if scaling is None else scaling)
             values = values[:, is_seen]
@@ -362,7 +367,8 @@ def make_scene(
     num_blocks = 1 + sum(row_blocks)
     shape = ModelShape(2, kv_heads, head_dim, 64, 96, 4096, dtype, "scene", "none")
     kv_blocks = KVBlocks(shape, num_blocks, torch.device("cpu"), kernels)
-    kv_blocks.kv.copy_(randn(*kv_blocks.kv.shape, seed=1))
+    for i, layer in enumerate(kv_blocks.layers):
+        layer.copy_(randn(*layer.shape, seed=10 + i))
     free = iter((torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(2)) + 1).tolist())
     tables = torch.zeros(len(lengths), max(row_blocks), dtype=torch.long)
     key_positions = torch.full((len(lengths), max(row_blocks) * BLOCK_SIZE), 2**30)
@@ -389,7 +395,7 @@ def make_scene(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [1, 3, 8, 16])
-@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128, 256, 512])
 def test_attention(kernels: CpuKernels, head_dim: int, shared: int, dtype: torch.dtype) -> None:
     scene = make_scene(kernels, dtype, shared=shared, head_dim=head_dim)
     assert not scene.query.is_contiguous()
@@ -459,7 +465,7 @@ def test_keys_in_two_parts_are_attended_as_in_one(kernels: CpuKernels) -> None:
     out, lse = torch.zeros(num_tokens, heads, 16), torch.full((num_tokens, heads), -INF)
     for row, token in enumerate(scene.tokens):
         blocks, offsets = (x[:150] for x in scene.own_slots(row))
-        pool = scene.kv_blocks.kv[0].view(2, -1, 2, BLOCK_SIZE, 16)
+        pool = scene.kv_blocks.layers[0].view(2, -1, 2, BLOCK_SIZE, 16)
         keys, values = pool[:, blocks, :, offsets].permute(1, 2, 0, 3).repeat_interleave(heads // 2, 1)
         scores = (keys @ scene.query[0, :, token, :, None])[..., 0] / 4
         lse[token] = scores.logsumexp(-1)
@@ -503,7 +509,7 @@ def test_what_is_not_finite_in_a_row_reaches_that_row_only(
             bad_seen[1][token] = NAN if value != value else 1.0
         else:
             blocks, offsets = bad.own_slots(row)
-            pool = bad.kv_blocks.kv[0].view(2, -1, 2, BLOCK_SIZE, 16)
+            pool = bad.kv_blocks.layers[0].view(2, -1, 2, BLOCK_SIZE, 16)
             pool[int(where == "value"), blocks[2], :, offsets[2], 3] = value
         found = bad.attended(seen=bad_seen)
         expected = bad.expected(seen=bad_seen)
@@ -519,7 +525,7 @@ def test_what_is_not_finite_in_a_row_reaches_that_row_only(
 @pytest.mark.parametrize("bits", [0x7FC0, 0x7F81, 0x7FFF, 0xFFC0 - 0x10000, 0xFF81 - 0x10000, -1])
 def test_a_nan_in_a_value_survives_attention(kernels: CpuKernels, bits: int, dtype: torch.dtype) -> None:
     scene = make_scene(kernels, dtype, lengths=[30])
-    pool = scene.kv_blocks.kv[0].view(2, -1, 2, BLOCK_SIZE, 16)
+    pool = scene.kv_blocks.layers[0].view(2, -1, 2, BLOCK_SIZE, 16)
     nan = torch.tensor([bits], dtype=torch.int16).view(torch.bfloat16)
     pool[1, int(scene.group.block_tables[0, 0]), :, 2, 5] = nan.to(dtype)
     assert scene.attended()[..., 5].isnan().all()
@@ -535,9 +541,9 @@ def test_what_stands_in_slots_that_are_not_seen_does_not_count(
     """Behind a prefix's end, after the query, before the window, in parts that the layer lacks, in others' blocks."""
     hidden = ((9, Hidden(0, 5, frozenset({1}))),)
     scene, bad = (make_scene(kernels, dtype, hidden=hidden) for _ in range(2))
-    pool = bad.kv_blocks.kv[0].view(2, -1, 2, BLOCK_SIZE, 16)
+    pool = bad.kv_blocks.layers[0].view(2, -1, 2, BLOCK_SIZE, 16)
     is_seen = torch.zeros(pool.shape[1], BLOCK_SIZE, dtype=torch.bool)
-    mask = bad.group.mask(0, window, torch.float32)[:, 0, 0, 0] == 0
+    mask = bad.group.mask(0, Reach(window), torch.float32)[:, 0, 0, 0] == 0
     for row in range(len(LENGTHS)):
         blocks, offsets = bad.own_slots(row)
         is_seen[blocks, offsets] = mask[row, : len(blocks)]
@@ -560,7 +566,7 @@ def test_large_scores_give_finite_answers(kernels: CpuKernels, factor: float, dt
 
 def test_scores_that_are_all_very_negative_or_equal_give_means(kernels: CpuKernels) -> None:
     scene = make_scene(kernels, lengths=[300])
-    pool = scene.kv_blocks.kv[0].view(2, -1, 2, BLOCK_SIZE, 16)
+    pool = scene.kv_blocks.layers[0].view(2, -1, 2, BLOCK_SIZE, 16)
     pool[0] = -1e4
     scene.query.fill_(1.0)
     check_near(scene.attended(scaling=1.0), scene.expected(scaling=1.0))
@@ -582,9 +588,9 @@ def test_written_keys_and_values_stand_where_torch_puts_them(
     for k, v in ((key, value), (randn(3, head_dim, 50, dtype=dtype, seed=2).transpose(1, 2), value)):
         for kv_blocks in (ours, theirs):
             kv_blocks.write(1, kv_blocks.slots(slots // BLOCK_SIZE, slots % BLOCK_SIZE), k, v)
-        assert same_bits(ours.kv, theirs.kv)
-    assert ours.kv[1].any()
-    assert not ours.kv[0].any()
+        assert all(same_bits(one, other) for one, other in zip(ours.layers, theirs.layers, strict=True))
+    assert ours.layers[1].any()
+    assert not ours.layers[0].any()
 
 
 @pytest.mark.parametrize("wrong", ["key", "value"])
@@ -603,7 +609,7 @@ def test_pools_that_the_kernels_do_not_fit_go_without(kernels: CpuKernels) -> No
     cpu = torch.device("cpu")
     assert KVBlocks(shape, 4, cpu, kernels).kernels is kernels
     assert KVBlocks(shape, 4, torch.device("meta"), kernels).kernels is None
-    for other in ({"head_dim": 24}, {"head_dim": 272}, {"dtype": torch.float16}, {"dtype": torch.float64}):
+    for other in ({"head_dim": 24}, {"head_dim": 528}, {"dtype": torch.float16}, {"dtype": torch.float64}):
         assert KVBlocks(replace(shape, **other), 4, cpu, kernels).kernels is None
 
 

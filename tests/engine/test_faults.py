@@ -19,7 +19,8 @@ from server.engine.errors import EngineError, GenerationError, PrefixLoadError
 from server.engine.fused_modules import fuse_modules
 from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_families import prepare
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.reordered_weights import reorder_weights
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence

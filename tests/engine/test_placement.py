@@ -17,9 +17,10 @@ from server.engine import engine as engine_module
 from server.engine.attention import NAME
 from server.engine.batch import AttentionGroup, Batch
 from server.engine.detokenizer import Detokenizer
-from server.engine.kv_blocks import KVBlocks, split_pool
+from server.engine.kv_blocks import BlockIndex, KVBlocks, split_pool
 from server.engine.model_families import prepare
-from server.engine.model_runner import ModelRunner, measure_shape, model_class
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner, model_class
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
 from tests.cases import WholeSteps
@@ -148,24 +149,29 @@ OF_GROUP = (*OF_ANY_GROUP, "query_positions")  # who is not causal asks for no q
 OF_SHARED_KEYS = ("token_index", "block_index")
 
 
-def planted_in_groups(groups: list[AttentionGroup], name: str, kv_blocks: KVBlocks) -> list[AttentionGroup]:
+class CpuIndex(BlockIndex):
+    def of(self, num_kv_heads: int, num_blocks: int, device: torch.device) -> torch.Tensor:
+        return on_cpu(super().of(num_kv_heads, num_blocks, device))
+
+
+def planted_in_groups(groups: list[AttentionGroup], name: str) -> list[AttentionGroup]:
     if name != "block_index":
         return [replace(group, **{name: on_cpu(getattr(group, name))}) for group in groups]
     planted = [replace(group) for group in groups]
     for group in planted:
-        group._block_index = on_cpu(group.block_index(kv_blocks))
+        group.block_index = CpuIndex(group.block_tables)
     return planted
 
 
 def plant(batch: Batch, name: str) -> Batch:
     if name in OF_GROUP:
-        return replace(batch, groups=planted_in_groups(batch.groups, name, batch.kv_blocks))
+        return replace(batch, groups=planted_in_groups(batch.groups, name))
     return replace(batch, **{name: on_cpu(getattr(batch, name))})
 
 
 def check_caught(plant_in: Callable[[Batch], Batch], family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine_module.batch_of
-    monkeypatch.setattr(engine_module, "batch_of", lambda *args: plant_in(made(*args)))
+    monkeypatch.setattr(engine_module, "batch_of", lambda *args, **more: plant_in(made(*args, **more)))
     with pytest.raises(MixedDevices, match="cpu"):
         run_steps(family)
 
@@ -183,7 +189,7 @@ def test_planted_embeddings_on_the_cpu_are_caught(name: str, monkeypatch: pytest
 @pytest.mark.parametrize("name", OF_ANY_GROUP)
 def test_a_planted_cpu_tensor_in_cross_attention_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def plant_in_cross(batch: Batch) -> Batch:
-        return replace(batch, cross_groups=planted_in_groups(batch.cross_groups, name, batch.kv_blocks))
+        return replace(batch, cross_groups=planted_in_groups(batch.cross_groups, name))
 
     check_caught(plant_in_cross, "t5", monkeypatch)
 
@@ -192,7 +198,8 @@ def test_a_planted_cpu_tensor_in_cross_attention_is_caught(name: str, monkeypatc
 @pytest.mark.parametrize("family", ["llama", "bart"])
 def test_a_planted_cpu_tensor_in_shared_keys_is_caught(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def plant_in_shared(batch: Batch) -> Batch:
-        shared = [replace(keys, **{name: on_cpu(getattr(keys, name))}) for keys in batch.shared_keys]
+        plant = {"token_index": on_cpu, "block_index": lambda index: CpuIndex(index.block_tables)}[name]
+        shared = [replace(keys, **{name: plant(getattr(keys, name))}) for keys in batch.shared_keys]
         return replace(batch, shared_keys=shared)
 
     monkeypatch.setattr(batch_module, "MIN_SHARED_TOKENS", 1)
@@ -209,7 +216,7 @@ def test_a_planted_cpu_tensor_in_groups_that_see_all_is_caught(
     def plant_in_whole(batch: Batch) -> Batch:
         if not batch.shared_keys:
             return batch
-        planted = planted_in_groups(batch.whole_groups, name, batch.kv_blocks)
+        planted = planted_in_groups(batch.whole_groups, name)
         return replace(batch, make_whole_groups=lambda: planted)
 
     monkeypatch.setattr(batch_module, "MIN_SHARED_TOKENS", 1)
@@ -218,7 +225,7 @@ def test_a_planted_cpu_tensor_in_groups_that_see_all_is_caught(
 
 @pytest.mark.parametrize("name", ["input_ids", "slot_mapping", *OF_GROUP])
 def test_a_planted_cpu_tensor_in_the_encoder_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_caught(lambda b: b if b.encoder is None else replace(b, encoder=plant(b.encoder, name)), "t5", monkeypatch)
+    check_caught(lambda b: replace(b, encoders=[plant(encoder, name) for encoder in b.encoders]), "t5", monkeypatch)
 
 
 def test_a_prefix_left_on_the_cpu_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from server.engine.engine import Engine, StepOutput
 from server.engine.errors import PinnedRoomError, PrefixLoadError
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, split_pool
 from server.engine.model_families import prepare
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, Layout, PrefixRef, Sequence
 from tests.tiny_models import FAMILIES, SEQ2SEQ_FAMILIES, VOCAB, letter_tokenizer, seq2seq_model

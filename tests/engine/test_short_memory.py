@@ -18,7 +18,8 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine
 from server.engine.errors import EngineError, GenerationError, PrefixLoadError
 from server.engine.kv_blocks import KVBlocks, split_pool
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.sampler import Sample
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import PrefixRef, Row, Sequence
@@ -89,7 +90,7 @@ class Asked:
         assert self.engine.residents.num_references == 0
         held = sum(self.engine.residents.sizes.values())
         assert held + self.engine.prefix_allocator.num_free == self.engine.prefix_allocator.num_blocks
-        assert torch.isfinite(self.engine.runner.kv_blocks.kv).all()
+        assert self.engine.runner.kv_blocks.is_all_finite()
         return errors
 
 
@@ -133,9 +134,9 @@ def fail_when(
     now: list[Row] = []
     make, run = engine_module.batch_of, asked.engine.runner.run
 
-    def batch_of(rows: list[Row], *arguments: Any) -> Batch:
+    def batch_of(rows: list[Row], *arguments: Any, **more: Any) -> Batch:
         now[:] = rows
-        return make(rows, *arguments)
+        return make(rows, *arguments, **more)
 
     def run_short(batch: Batch) -> torch.Tensor:
         logits = run(batch)
@@ -264,10 +265,10 @@ def test_a_soft_prompt_that_finds_no_memory_fails_its_own_rows(
 
     make = engine_module.batch_of
 
-    def batch_of(rows: list[Row], sampled: set[Row], kv_blocks: KVBlocks, computed: list[Any]) -> Batch:
+    def batch_of(rows: list[Row], sampled: set[Row], kv_blocks: KVBlocks, computed: list[Any], **more: Any) -> Batch:
         if any(resident.num_computed_tokens for resident in computed):  # its second part
             raise MemoryError
-        return make(rows, sampled, kv_blocks, computed)
+        return make(rows, sampled, kv_blocks, computed, **more)
 
     if place == "computing":
         monkeypatch.setattr(engine_module, "batch_of", batch_of)

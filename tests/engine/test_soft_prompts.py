@@ -16,7 +16,8 @@ from server.engine.engine import Engine
 from server.engine.errors import GenerationError, PrefixLoadError
 from server.engine.fused_modules import fuse_modules
 from server.engine.kv_blocks import KVBlocks, split_pool
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.reordered_weights import reorder_weights
 from server.engine.sampling_params import SamplingParams
 from server.engine.scheduler import MIN_PREFIX_TOKENS
@@ -102,7 +103,7 @@ def kv_of(engine: Engine, name: str) -> torch.Tensor:
     resident = engine.residents.get(name)
     assert resident is not None
     assert resident.state == "ready"
-    return engine.runner.kv_blocks.kv[:, :, resident.block_table].clone()
+    return torch.stack([layer[:, resident.block_table] for layer in engine.runner.kv_blocks.layers])
 
 
 @pytest.mark.parametrize(("num_rows", "share"), [(1, MIN_PREFIX_TOKENS), (12, MIN_PREFIX_TOKENS), (24, 12), (36, 12)])

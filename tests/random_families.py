@@ -1,0 +1,297 @@
+"""Tiny random models of every family that transformers generates text with, made from its own configuration class, and
+what PEFT answers on them: for the table of families and for the tests."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from prefix_store.errors import InvalidArtefactError
+from prefix_store.peft_format import read_peft
+from prefix_store.prefix import ModelShape, Prefix
+from server.engine.checked_model import checked_model
+from server.engine.errors import ModelRefusedError, one_line
+from server.engine.model_runner import model_class
+from tests.cases import Case, run_ours, wrong
+
+VOCAB, HIDDEN, NUM_LAYERS, POSITIONS, WINDOW = 120, 64, 4, 256, 12
+NUM_TOKENS = 24
+MAX_WEIGHTS = 120_000_000
+PROMPT_LENGTHS = (3, 9, 17, 30)
+NUM_VIRTUAL_TOKENS = {"kv": 7, "soft": 5}
+GAINS = (1.5, 3.0, 0.8, 6.0)  # of random weights, tried until answers vary
+SEEDS = (0, 1)
+# Measures by the names that configurations have for them.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "dim"), HIDDEN),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), NUM_LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "rotary_dim", "dim_head", "swa_head_dim"), 16),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "dim_ff"), 64),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp", "dff"), 64),
+    **dict.fromkeys(("expert_ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "src_vocab_size", "tgt_vocab_size", "n_vocab"), VOCAB),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len"), POSITIONS
+    ),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "sliding_window_size"), WINDOW),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "moe_layer_freq"), 1),
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "floor_scale": 8,
+    "global_head_dim": 32,
+    "index_topk": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB,
+    "num_kv_shared_layers": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    "forced_bos_token_id": None,
+    "mamba_expand": 1,
+    "state_size": 8,
+    "scale_embedding": True,
+}
+# What a family wants beside or instead.
+HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+GEMMA_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+SHARING = {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": [*GEMMA_LAYERS, *GEMMA_LAYERS[:2]]}
+DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+MORE: dict[str, dict[str, Any]] = {
+    "bamba": HYBRID,
+    "deepseek_v4": {"o_lora_rank": 16, "o_groups": 1},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": HYBRID,
+    "gemma4": SHARING,
+    "gemma4_text": SHARING,
+    "gemma4_unified": SHARING | {"hidden_size_per_layer_input": 0},
+    "gemma4_unified_text": SHARING | {"hidden_size_per_layer_input": 0},
+    "gemma3n_text": SHARING | {"activation_sparsity_pattern": [0.0] * 6, "laurel_rank": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": HYBRID,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 1},
+    "reformer": {"is_decoder": True},
+    "zaya": {"num_experts_per_tok": 1},
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"), DELTA),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """`model_type` as transformers has it."""
+
+    model_type: str
+    is_seq2seq: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.model_type} (encoder-decoder)" if self.is_seq2seq else self.model_type
+
+
+def families() -> list[Family]:
+    """All that transformers generates text with from text."""
+    causal = [Family(name, False) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    return sorted(
+        [*causal, *(Family(name, True) for name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)],
+        key=lambda family: (family.is_seq2seq, family.model_type),
+    )
+
+
+def tiny_config(model_type: str) -> Any:
+    """The family's configuration with everything in it small."""
+    kind = CONFIG_MAPPING[model_type]
+    config = kind(**_sizes(kind, MORE.get(model_type, {})))
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 2
+    return config
+
+
+def _sizes(kind: Any, more: dict[str, Any]) -> dict[str, Any]:
+    names = _fields(kind)
+    sizes = {name: size for name, size in SIZES.items() if name in names}
+    for name, sub in (getattr(kind, "sub_configs", None) or {}).items():
+        if name == "text_config" and hasattr(sub, "model_type") and sub.model_type:
+            sizes[name] = _sizes(sub, more)
+            more = {}
+    return sizes | more
+
+
+def _fields(kind: Any) -> set[str]:
+    found = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__annotations__", {}))
+    for parent in kind.__mro__:
+        found |= set(getattr(parent, "__annotations__", {}))
+    return found
+
+
+def random_model(family: Family, config: Any, gain: float, seed: int) -> Any:
+    """Weights drawn so that no token follows from the one before it alone."""
+    torch.manual_seed(seed)
+    kind: Any = AutoModelForSeq2SeqLM if family.is_seq2seq else AutoModelForCausalLM
+    model = kind.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2 and "embed" not in name and "wte" not in name and "shared" not in name:
+                weight.normal_(0, gain / weight.shape[-1] ** 0.5)
+            elif weight.dim() >= 2:
+                weight.normal_(0, 0.5)
+            elif "norm" in name and "weight" in name:
+                weight.add_(torch.randn_like(weight) * 0.1)
+            else:
+                weight.normal_(0, 0.1)
+    return model
+
+
+@dataclass(frozen=True)
+class References:
+    """What PEFT answers, alone, and what of it proves something."""
+
+    prefixes: dict[str, Prefix]
+    cases: list[Case]
+    note: str
+
+    @property
+    def num_distinct(self) -> int:
+        return len({token for case in self.cases for token in case.tokens})
+
+    @property
+    def is_telling(self) -> bool:
+        """Tokens vary, and every prefix changes the answer."""
+        by_prompt: dict[int, list[Case]] = {}
+        for case in self.cases:
+            by_prompt.setdefault(len(case.prompt), []).append(case)
+        all_differ = all(len({tuple(c.tokens) for c in each}) == len(each) for each in by_prompt.values())
+        return self.num_distinct >= 8 and all_differ
+
+
+def references(model: Any, family: Family, folder: Path, shape: ModelShape) -> References:
+    """Of bare rows and of every prefix that PEFT makes for the family, for prompts of several lengths."""
+    generator = torch.Generator().manual_seed(7)
+    prompts = [torch.randint(3, VOCAB - 8, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+    prefixes: dict[str, Prefix] = {}
+    cases = [_case(model, "bare", prompt, None, family) for prompt in prompts]
+    task = TaskType.SEQ_2_SEQ_LM if family.is_seq2seq else TaskType.CAUSAL_LM
+    notes = []
+    for name, kind in (("kv", PrefixTuningConfig), ("soft", PromptTuningConfig)):
+        try:
+            adapter = kind(task_type=task, num_virtual_tokens=NUM_VIRTUAL_TOKENS[name])
+            peft = get_peft_model(copy.deepcopy(model), adapter)
+            for parameter in peft.parameters():
+                if parameter.requires_grad:
+                    parameter.data = torch.randn(parameter.shape, generator=generator)
+            peft.eval().save_pretrained(folder / name)
+            found = [_case(peft, name, prompt, name, family) for prompt in prompts]
+        except Exception as error:  # PEFT's own
+            notes.append(f"PEFT makes no {name} for it ({one_line(error)})")
+            continue
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        try:
+            prefixes[name] = read_peft(*((folder / name / file).read_bytes() for file in files), shape)
+        except InvalidArtefactError as error:
+            notes.append(f"{name} refused: {error}")
+            continue
+        cases += found
+    return References(prefixes, cases, "; ".join(notes))
+
+
+def _case(model: Any, kind: str, prompt: list[int], prefix: str | None, family: Family) -> Case:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    tokens = out.sequences[0, -NUM_TOKENS:].tolist()
+    members = ((prefix,),) if prefix else ((),)
+    return Case(f"{kind} {len(prompt)}", prompt, members, tokens, torch.cat(out.logits).float())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`kind` is served, refused, wrong, failed (a traceback) or untried; `detail` what was answered wrongly, or why."""
+
+    family: Family
+    kind: str
+    detail: str = ""
+    tried: tuple[str, ...] = ()
+
+
+def judge(family: Family, folder: Path) -> Verdict:
+    """Through the server's own start, then every request against PEFT's answer to it alone."""
+    try:
+        config = tiny_config(family.model_type)
+    except Exception as error:  # a configuration wants what SIZES and MORE do not give
+        return Verdict(family, "untried", f"no tiny configuration: {one_line(error)}")
+    config.save_pretrained(folder)
+    try:
+        model_class(AutoConfig.from_pretrained(folder))
+    except ModelRefusedError as error:
+        return Verdict(family, "refused", str(error))
+    try:
+        kind: Any = AutoModelForSeq2SeqLM if family.is_seq2seq else AutoModelForCausalLM
+        with torch.device("meta"):
+            num_weights = sum(weight.numel() for weight in kind.from_config(config).parameters())
+    except Exception as error:
+        return Verdict(family, "untried", f"no tiny model: {one_line(error)}")
+    if num_weights > MAX_WEIGHTS:
+        return Verdict(family, "untried", f"its smallest configuration here has {num_weights:,} weights")
+    reference = None
+    for gain, seed in itertools.product(GAINS, SEEDS):
+        model = random_model(family, config, gain, seed)
+        model.save_pretrained(folder)
+        if reference is None:
+            try:
+                checked = checked_model(folder, torch.float32, torch.device("cpu"), name="tiny", fingerprint="none")
+            except ModelRefusedError as error:
+                return Verdict(family, "refused", str(error))
+        found = references(model, family, folder, checked.shape)
+        if reference is None or found.num_distinct > reference.num_distinct:
+            reference, best = found, (gain, seed)
+        if reference.is_telling:
+            break
+    random_model(family, config, *best).save_pretrained(folder)
+    checked = checked_model(folder, torch.float32, torch.device("cpu"), name="tiny", fingerprint="none")
+    ways = {"mixed": {"stagger": 20}, "staggered": {"stagger": 1}, "alone": {"stagger": 1, "max_rows": 1}}
+    errors = []
+    for way, options in ways.items():
+        answers = run_ours(checked.model, checked.shape, reference.cases, reference.prefixes, **options)
+        errors += [f"{way}: {error}" for error in wrong(reference.cases, answers)]
+    tried = tuple(sorted({case.name.split()[0] for case in reference.cases}))
+    note = "" if reference.is_telling else f"only {reference.num_distinct} distinct tokens; "
+    if errors:
+        return Verdict(family, "wrong", note + "; ".join(errors[:4]) + f" ({len(errors)} in all)", tried)
+    return Verdict(family, "served", note + reference.note, tried)
