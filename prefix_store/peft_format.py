@@ -7,11 +7,12 @@ or refused: a size that the config names must be the tensor's, a size that is nu
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 
-from prefix_store.bounded_json import read_json_object
+from prefix_store.bounded_json import read_json_object, shown
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.fold import split_slots
 from prefix_store.prefix import Layers, ModelShape, Prefix
@@ -74,13 +75,12 @@ def _checked_config(config: bytes) -> dict[str, Any]:
     known = (*SOFT_TYPES, MULTITASK, *KV_TYPES)
     if peft_type not in known:
         raise InvalidArtefactError(
-            f"peft_type must be one of {', '.join(known)}, got {str(peft_type)[:60]!r}: "
-            "it cannot be expressed as a prefix"
+            f"peft_type must be one of {', '.join(known)}, got {shown(peft_type)}: it cannot be expressed as a prefix"
         )
     if fields.get("modules_to_save"):
         raise InvalidArtefactError(
-            f"modules_to_save must be empty, got {repr(fields['modules_to_save'])[:100]}: right answers would need "
-            "trained weights of the model itself"
+            f"modules_to_save must be empty, got {json.dumps(fields['modules_to_save'])[:100]}: right answers would "
+            "need trained weights of the model itself"
         )
     if _has_remote_code(fields):
         raise InvalidArtefactError("trust_remote_code must be false everywhere, got true")
@@ -104,7 +104,7 @@ def _check_task_type(fields: dict[str, Any], shape: ModelShape) -> None:
         reason = f": the served model is {'an encoder-decoder' if shape.is_encoder_decoder else 'decoder-only'}"
     elif task_type in TASKS_WITHOUT_TEXT:
         reason = f": answers are text here; train it as {expected}, with the label as the answer"
-    raise InvalidArtefactError(f"task_type must be {expected}, got {repr(task_type)[:60]}{reason}")
+    raise InvalidArtefactError(f"task_type must be {expected}, got {shown(task_type)}{reason}")
 
 
 def decoder_layers(slots: torch.Tensor, shape: ModelShape) -> Layers:
@@ -140,9 +140,9 @@ def _check_shapes(fields: dict[str, Any], header: Header, shape: ModelShape) -> 
     num_stacks = _num_stacks(fields, shape)
     n = fields.get("num_virtual_tokens")
     if found[0] % num_stacks or (n is not None and (type(n) is not int or found[0] != num_stacks * n)):
-        stacks = "" if num_stacks == 1 else f" for each of {repr(num_stacks)[:40]} stacks"
+        stacks = "" if num_stacks == 1 else f" for each of {shown(num_stacks)} stacks"
         raise InvalidArtefactError(
-            f"prompt_embeddings: num_virtual_tokens is {repr(n)[:40]}{stacks}, the tensor has {found[0]} rows"
+            f"prompt_embeddings: num_virtual_tokens is {shown(n)}{stacks}, the tensor has {found[0]} rows"
         )
     if fields["peft_type"] in KV_TYPES:
         _check_kv_width(fields, found[1], shape)
@@ -173,7 +173,7 @@ def _num_stacks(fields: dict[str, Any], shape: ModelShape) -> int:
         )
         raise InvalidArtefactError(
             f"num_transformer_submodules must be {'at least 1' if may_differ else expected} for {what}, got "
-            f"{repr(found)[:40]}: what PEFT computes with it is not served; train it without this field"
+            f"{shown(found)}: what PEFT computes with it is not served; train it without this field"
         )
     return 1 if is_kv else found
 
@@ -201,7 +201,7 @@ def _num_layers(fields: dict[str, Any], shape: ModelShape) -> int:
         found = shape.num_encoder_layers
     if type(found) is not int or not shape.num_layers <= found <= MAX_LAYERS:
         raise InvalidArtefactError(
-            f"num_layers must be {shape.num_layers} (the decoder's layers) to {MAX_LAYERS}, got {repr(found)[:40]}: "
+            f"num_layers must be {shape.num_layers} (the decoder's layers) to {MAX_LAYERS}, got {shown(found)}: "
             f"with fewer PEFT fails at the layers above; train it with num_layers={shape.num_layers}"
         )
     return found
@@ -212,7 +212,7 @@ def _check_cpt(fields: dict[str, Any], num_rows: int, shape: ModelShape) -> None
         raise InvalidArtefactError("peft_type CPT is for decoder-only models in PEFT, the served model is none")
     ids = fields.get("cpt_token_ids")
     if ids is not None and (not isinstance(ids, list) or len(ids) != num_rows):
-        got = f"{len(ids)} of them" if isinstance(ids, list) else repr(ids)[:40]
+        got = f"{len(ids)} of them" if isinstance(ids, list) else shown(ids)
         raise InvalidArtefactError(f"cpt_token_ids must be a list of {num_rows}, as many as rows, got {got}")
 
 
@@ -220,7 +220,7 @@ def _check_claim(fields: dict[str, Any], name: str, expected: int, note: str = "
     """A size that the config names is the one that is served."""
     found = fields.get(name)
     if found is not None and (type(found) is not int or found != expected):
-        raise InvalidArtefactError(f"{name} must be {expected}{note}, got {repr(found)[:40]}")
+        raise InvalidArtefactError(f"{name} must be {expected}{note}, got {shown(found)}")
 
 
 def _pick_task(
@@ -241,5 +241,6 @@ def _pick_task(
     if index is None and cols.shape[0] == 1:
         index = 0
     if index is None or not 0 <= index < cols.shape[0]:
-        raise InvalidArtefactError(f"index must be 0 to {cols.shape[0] - 1} for this multitask file, got {index}")
+        got = "none" if index is None else index
+        raise InvalidArtefactError(f"index must be 0 to {cols.shape[0] - 1} for this multitask file, got {got}")
     return table.float() * (cols[index].float() @ rows[index].float())

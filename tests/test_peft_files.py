@@ -232,7 +232,7 @@ def test_file_that_names_no_task_is_refused_for_peft_answers_without_it(family: 
     for make in (PromptTuningConfig, PrefixTuningConfig):
         file = File(make, task | {"num_virtual_tokens": 5}, fields={"task_type": None})
         assert _case(make.__name__, file, prompt, family, tmp_path, shape).tokens == bare
-        with pytest.raises(InvalidArtefactError, match="got None: without it PEFT answers as if there were no prefix"):
+        with pytest.raises(InvalidArtefactError, match="got null: without it PEFT answers as if there were no prefix"):
             _read(tmp_path / make.__name__, shape)
 
 

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from prefix_store.blobs import Blobs
+from prefix_store.bounded_json import shown
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.native_format import read_native, write_native
 from prefix_store.peft_format import read_peft
@@ -89,6 +90,7 @@ def prefix_config(**more: Any) -> dict[str, Any]:
     return config("PREFIX_TUNING", **(sizes | more))
 
 
+LONE = "\ud800"  # half of a pair: no text that can be sent has it
 PROMPT = {"prompt_embeddings": random(N, HIDDEN)}
 PREFIX = {"prompt_embeddings": random(N, WIDTH)}
 
@@ -303,6 +305,41 @@ def test_json_that_is_no_object(text: bytes) -> None:
     refused_peft(text, PROMPT, "adapter_config.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'{"a": \xff}', "is not valid JSON: byte 6 is not UTF-8"),
+        (b'{"a": 1,\n "b" 2}', "is not valid JSON: line 2, column 6"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is not valid JSON: a number has too many digits"),
+        (b'{"a": ' + b"[" * 20_000, "is not valid JSON: it nests too deeply"),
+        (b'{"' + b"k" * 200 + b'": 1, "' + b"k" * 200 + b'": 1}', f": duplicate key '{'k' * 60}'"),
+        (b"null", "must be a JSON object, got null"),
+        (b"[1]", "must be a JSON object, got a list"),
+        (b'"text"', "must be a JSON object, got 'text'"),
+        (b"true", "must be a JSON object, got true"),
+    ],
+)
+def test_reason_of_wrong_json_is_in_our_own_words(text: bytes, reason: str) -> None:
+    refused_native(by_hand(text, 0), "the safetensors header", reason)
+    refused_peft(text, PROMPT, "adapter_config.json", reason)
+
+
+@pytest.mark.parametrize("value", [None, True, 1.5, 10**4000, "x\n\u202e", "y" * 500, LONE, ["z"], {"z": None}])
+@pytest.mark.parametrize("name", ["peft_type", "task_type", "num_virtual_tokens", "token_dim", "modules_to_save"])
+def test_reason_names_a_value_as_json_on_one_short_line(name: str, value: object) -> None:
+    for fields, tensors in ((config("PROMPT_TUNING"), PROMPT), (prefix_config(), PREFIX)):
+        try:
+            read_peft(json.dumps(fields | {name: value}).encode(), safetensors.torch.save(tensors), SHAPE)
+        except InvalidArtefactError as error:
+            reason = str(error)
+            assert reason.isprintable()
+            assert len(reason) < 300
+            assert not any(word in reason for word in ("None", "True", "NoneType", "torch.", "Error"))
+            reason.encode()
+        else:
+            assert value is None
+
+
 def test_config_over_the_bound() -> None:
     refused_peft(b"{" + b" " * 70_000 + b"}", PROMPT, "adapter_config.json must be <= 65536 bytes, got 70002")
 
@@ -329,7 +366,7 @@ def test_tensors_of_the_other_kind() -> None:
 @pytest.mark.parametrize(
     ("metadata", "text"),
     [
-        ({}, "__metadata__.format must be 'prefixserve/1', got None"),
+        ({}, "__metadata__.format must be 'prefixserve/1', got none"),
         (KV | {"format": "pt"}, "__metadata__.format must be 'prefixserve/1', got 'pt'"),
         (KV | {"kind": "lora"}, "__metadata__.kind must be 'kv' or 'soft', got 'lora'"),
         (KV | {"code": "x"}, "__metadata__ has 'code'; known are base_model, fingerprint, format, kind"),
@@ -356,7 +393,7 @@ def other_types() -> list[str]:
 @pytest.mark.parametrize("kind", [*other_types(), "lora", "", None, 7, ["PROMPT_TUNING"], {}])
 def test_any_other_adapter(kind: object) -> None:
     texts = ("peft_type must be one of PROMPT_TUNING, P_TUNING, CPT", "it cannot be expressed as a prefix")
-    refused_peft({"peft_type": kind, "task_type": "CAUSAL_LM"}, PROMPT, *texts, f"got {str(kind)!r}")
+    refused_peft({"peft_type": kind, "task_type": "CAUSAL_LM"}, PROMPT, *texts, f"got {shown(kind)}")
 
 
 def test_other_adapters_are_many() -> None:
@@ -391,7 +428,7 @@ def test_task_without_text_as_its_answer(task: str) -> None:
 
 @pytest.mark.parametrize("kind", sorted(PREFIX_TYPES))
 def test_file_that_names_no_task_is_answered_without_its_prefix_by_peft(kind: str) -> None:
-    text = "task_type must be CAUSAL_LM, got None: without it PEFT answers as if there were no prefix"
+    text = "task_type must be CAUSAL_LM, got null: without it PEFT answers as if there were no prefix"
     refused_peft(config(kind, task_type=None), PROMPT, text)
     fields = config(kind)
     del fields["task_type"]
@@ -443,10 +480,10 @@ def test_size_that_is_not_the_tensors(value: object) -> None:
     for name, expected in (("num_layers", 3), ("num_attention_heads", 2), ("token_dim", 16)):
         for kind in ("PREFIX_TUNING", "CARTRIDGE"):
             fields = prefix_config(peft_type=kind) | {name: value}
-            refused_peft(fields, PREFIX, f"{name} must be {expected}", f"got {repr(value)[:40]}")
+            refused_peft(fields, PREFIX, f"{name} must be {expected}", f"got {shown(value)}")
     for kind in ("PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING"):
         tensors = PROMPT if kind != "MULTITASK_PROMPT_TUNING" else multitask(random(1, N, 1), random(1, 1, HIDDEN))
-        refused_peft(config(kind, token_dim=value), tensors, f"token_dim must be 48, got {repr(value)[:40]}")
+        refused_peft(config(kind, token_dim=value), tensors, f"token_dim must be 48, got {shown(value)}")
 
 
 @pytest.mark.parametrize("value", [*WITH_HUGE, 3, 512])
@@ -454,7 +491,7 @@ def test_ranks_and_tasks_that_are_not_the_tensors(value: object) -> None:
     tensors = multitask(random(2, N, 4), random(2, 4, HIDDEN))
     for name, expected in (("num_tasks", 2), ("num_ranks", 4)):
         fields = config("MULTITASK_PROMPT_TUNING", **{name: value})
-        refused_peft(fields, tensors, f"{name} must be {expected}, got {repr(value)[:40]}")
+        refused_peft(fields, tensors, f"{name} must be {expected}, got {shown(value)}")
 
 
 @pytest.mark.parametrize("kind", sorted(PREFIX_TYPES))
@@ -467,7 +504,7 @@ def test_other_number_of_stacks_on_a_decoder(kind: str, value: object) -> None:
         tensors = {"prompt_embeddings": tensor}
         if kind == "MULTITASK_PROMPT_TUNING":
             tensors |= multitask(random(1, len(tensor), 1), random(1, 1, HIDDEN)) | tensors
-        text = f"num_transformer_submodules must be 1 for {kind} of a decoder-only model, got {repr(value)[:40]}: "
+        text = f"num_transformer_submodules must be 1 for {kind} of a decoder-only model, got {shown(value)}: "
         refused_peft(fields, tensors, text, "train it without this field")
 
 
@@ -489,7 +526,7 @@ def test_peft_soft_prompt_of_another_shape(kind: str) -> None:
 @pytest.mark.parametrize("count", [5, True, "4", 4.0, [4]])
 def test_num_virtual_tokens_that_is_not_the_files(count: object) -> None:
     fields = config("PROMPT_TUNING", num_virtual_tokens=count)
-    refused_peft(fields, PROMPT, f"num_virtual_tokens is {count!r}, the tensor has 4 rows")
+    refused_peft(fields, PROMPT, f"num_virtual_tokens is {shown(count)}, the tensor has 4 rows")
 
 
 def test_peft_file_longer_than_the_limit() -> None:
@@ -522,7 +559,7 @@ def multitask(cols: torch.Tensor, rows: torch.Tensor) -> dict[str, torch.Tensor]
 def test_multitask_file() -> None:
     fields = config("MULTITASK_PROMPT_TUNING")
     two = multitask(random(2, N, 1), random(2, 1, HIDDEN))
-    refused_peft(fields, two, "index must be 0 to 1 for this multitask file, got None")
+    refused_peft(fields, two, "index must be 0 to 1 for this multitask file, got none")
     refused_peft(fields, multitask(random(2, N), random(2, 1, HIDDEN)), "prefix_task_cols: expected 3 dimensions")
     refused_peft(fields, multitask(random(2, N, 1), random(3, 1, HIDDEN)), "do not fit each other", "[3, 1, 48]")
     large = multitask(torch.full((1, N, 1), 60_000.0), torch.full((1, 1, HIDDEN), 60_000.0))
@@ -662,9 +699,6 @@ def test_empty_layer() -> None:
         InvalidArtefactError, match=r"layers.0.key: expected 3 dimensions .* of at least 1, got \[2, 0, 8"
     ):
         validate(Prefix("kv", layers={0: (empty, empty)}), SHAPE)
-
-
-LONE = "\ud800"  # half of a pair: no text that can be sent has it
 
 
 @pytest.mark.parametrize(
@@ -810,7 +844,7 @@ def test_number_of_stacks_that_is_none(kind: str, value: object) -> None:
 def test_keys_of_an_encoder_decoder_that_peft_lays_out_otherwise(kind: str, value: object) -> None:
     """With 1 PEFT keeps what the decoder and its cross-attention have seen in one growing cache; from 3 it fails."""
     fields = prefix_config(peft_type=kind, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=value)
-    text = f"num_transformer_submodules must be 2 for {kind} of an encoder-decoder, got {repr(value)[:40]}: "
+    text = f"num_transformer_submodules must be 2 for {kind} of an encoder-decoder, got {shown(value)}: "
     refused_seq2seq(fields, PREFIX, text, "train it without this field")
 
 
@@ -835,8 +869,8 @@ def test_keys_of_an_encoder_decoder_are_read_by_the_depth_that_the_file_names(nu
 @pytest.mark.parametrize("num_layers", [*WITH_HUGE, 1, 2, None, 5000])
 def test_keys_of_an_encoder_decoder_for_too_few_layers_or_none_that_can_be(num_layers: object) -> None:
     """None is the encoder's depth in PEFT, which is 2 here, and the decoder has 3."""
-    shown = repr(2 if num_layers is None else num_layers)[:40]
-    text = f"num_layers must be 3 (the decoder's layers) to 4096, got {shown}: with fewer PEFT fails"
+    found = shown(2 if num_layers is None else num_layers)
+    text = f"num_layers must be 3 (the decoder's layers) to 4096, got {found}: with fewer PEFT fails"
     refused_seq2seq(prefix_config(task_type="SEQ_2_SEQ_LM", num_layers=num_layers), PREFIX, text, "with num_layers=3")
 
 
