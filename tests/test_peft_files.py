@@ -73,7 +73,7 @@ CAUSAL_FILES = {
         MultitaskPromptTuningConfig, CAUSAL | MULTITASK | {"num_virtual_tokens": 3}, torch.float64
     ),
     "cpt in bf16": File(CPTConfig, CAUSAL | CPT, torch.bfloat16),
-    "prefix in fp16": File(PrefixTuningConfig, CAUSAL | {"num_virtual_tokens": 7}, torch.float16),
+    "prefix in fp16": File(PrefixTuningConfig, CAUSAL | {"num_virtual_tokens": 17}, torch.float16),
     "prefix of one token in fp64": File(
         PrefixTuningConfig, CAUSAL | {"num_virtual_tokens": 1}, torch.float64, {"inference_mode": False}
     ),
