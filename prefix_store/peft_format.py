@@ -173,7 +173,7 @@ def _num_stacks(fields: dict[str, Any], shape: ModelShape) -> int:
         )
         raise InvalidArtefactError(
             f"num_transformer_submodules must be {'at least 1' if may_differ else expected} for {what}, got "
-            f"{shown(found)}: what PEFT computes with it is not served; train it without this field"
+            f"{shown(found)}: files for another number are not served; train it without this field"
         )
     return 1 if is_kv else found
 
