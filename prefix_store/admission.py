@@ -25,7 +25,7 @@ def match_base(prefix: Prefix, shape: ModelShape, accept_base: bool = False) -> 
     else:
         reason = f"trained for {prefix.base_model!r}, served is {' or '.join(sorted(names))!r}"
     if not accept_base:
-        raise BaseMismatchError(f"base model: {reason}; ?accept_base=1 stores it all the same")
+        raise BaseMismatchError(f"base model: {reason}; accept_base=1 (--accept-base) stores it all the same")
     return "mismatch"
 
 

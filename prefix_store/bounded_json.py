@@ -17,7 +17,7 @@ def read_json_object(body: bytes, name: str, max_bytes: int) -> dict[str, Any]:
         keys = [key for key, _ in items]
         for key in keys:
             if len(keys) < 64 and keys.count(key) > 1:
-                raise InvalidArtefactError(f"{name}: duplicate key {key!r}")
+                raise InvalidArtefactError(f"{name}: duplicate key {shown(key)}")
         made = dict(items)
         if len(made) != len(items):
             raise InvalidArtefactError(f"{name}: duplicate keys")
@@ -28,8 +28,23 @@ def read_json_object(body: bytes, name: str, max_bytes: int) -> dict[str, Any]:
 
     try:
         found = json.loads(body.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidArtefactError(f"{name} is not valid JSON: {str(error)[:200]}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidArtefactError(f"{name} is not valid JSON: byte {error.start} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise InvalidArtefactError(f"{name} is not valid JSON: line {error.lineno}, column {error.colno}") from error
+    except ValueError as error:  # of an integer's length
+        raise InvalidArtefactError(f"{name} is not valid JSON: a number has too many digits") from error
+    except RecursionError as error:
+        raise InvalidArtefactError(f"{name} is not valid JSON: it nests too deeply") from error
     if not isinstance(found, dict):
-        raise InvalidArtefactError(f"{name} must be a JSON object, got {type(found).__name__}")
+        raise InvalidArtefactError(f"{name} must be a JSON object, got {shown(found)}")
     return found
+
+
+def shown(value: object) -> str:
+    """A JSON value as reasons name it: short, on one line, a text in quotes."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    if isinstance(value, dict | list):
+        return "a list" if isinstance(value, list) else "an object"
+    return json.dumps(value)[:60]

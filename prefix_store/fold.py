@@ -57,10 +57,10 @@ def fold(parts: tuple[torch.Tensor, ...], name: str, num_layers: int, shape: Mod
             f"{shape.head_dim}), got {w2.shape[0]}"
         )
     folded = torch.nn.functional.linear(torch.tanh(torch.nn.functional.linear(table, w0, b0)), w2, b2)
-    return split_slots(folded, num_layers, shape)
+    return split_slots(folded, shape)
 
 
-def split_slots(table: torch.Tensor, num_layers: int, shape: ModelShape) -> torch.Tensor:
+def split_slots(table: torch.Tensor, shape: ModelShape) -> torch.Tensor:
     """`[n, 2 * num_layers * num_kv_heads * head_dim]` as `[2 * num_layers, num_kv_heads, n, head_dim]`."""
-    slots = table.view(table.shape[0], 2 * num_layers, shape.num_kv_heads, shape.head_dim)
+    slots = table.view(table.shape[0], -1, shape.num_kv_heads, shape.head_dim)
     return slots.permute(1, 2, 0, 3).contiguous()

@@ -32,4 +32,6 @@ def read_path(path: Path, shape: ModelShape, index: int | None = None) -> Prefix
         return read_peft(*peft_files(path), shape, index)
     if not path.is_file():
         raise InvalidArtefactError(f"expected a PEFT folder or a .safetensors file, found nothing at {path}")
+    if index is not None:
+        raise InvalidArtefactError("index picks a task of a PEFT multitask file; a native file has one")
     return read_native(path.read_bytes(), shape)

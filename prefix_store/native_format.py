@@ -108,7 +108,7 @@ def _checked_metadata(header: Header) -> dict[str, str]:
     if metadata.get("format") != FORMAT:
         raise InvalidArtefactError(
             f"__metadata__.format must be {FORMAT!r}, got {_quoted(metadata.get('format'))} (a PEFT file needs its "
-            "adapter_config.json: send both as multipart)"
+            "adapter_config.json: both in one folder, or over HTTP as multipart)"
         )
     if metadata.get("kind") not in ("kv", "soft"):
         raise InvalidArtefactError(f"__metadata__.kind must be 'kv' or 'soft', got {_quoted(metadata.get('kind'))}")
@@ -171,7 +171,7 @@ def _check_sizes_before_load(header: Header, shape: ModelShape) -> None:
 
 
 def _quoted(text: str | None) -> str:
-    return repr(text if text is None else text[:100])
+    return "none" if text is None else repr(text[:100])
 
 
 def _some(names: set[str]) -> str:

@@ -83,7 +83,7 @@ def load_tensors(body: bytes) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(body)
     except SafetensorError as error:  # stricter than we are about a header's JSON
-        raise InvalidArtefactError(f"safetensors does not read the file: {str(error)[:200]}") from error
+        raise InvalidArtefactError("safetensors does not read the file: its header has unusual JSON") from error
 
 
 def _tensor(name: str, entry: Any) -> TensorHeader:

@@ -28,8 +28,10 @@ def plain_errors() -> Iterator[None]:
     """An expected failure is one line and exit code 1."""
     try:
         yield
-    except (StartError, PrefixStoreError, EngineError, ClientError, OSError) as error:
+    except (StartError, PrefixStoreError, EngineError, ClientError) as error:
         fail(in_full(error))
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except ValidationError as error:
         fail("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()))
 

@@ -286,6 +286,8 @@ def test_inspect_says_why_it_does_not_fit(cli: Cli, files: Path) -> None:
         ("other.safetensors", (), "someone/else"),
         ("multitask", (), "index must be 0 to 2"),
         ("multitask", ("--index", "3"), "index must be 0 to 2"),
+        ("one.safetensors", ("--index", "0"), "index picks a task of a PEFT multitask file; a native file has one"),
+        ("other.safetensors", (), "; accept_base=1 (--accept-base) stores it all the same"),
     ):
         found = cli.json("inspect", files / name, *options, exit_code=1)
         assert found["fits"] is False
@@ -293,6 +295,13 @@ def test_inspect_says_why_it_does_not_fit(cli: Cli, files: Path) -> None:
     pool = cli.run("inspect", files / "one.safetensors", PREFIXSERVE_PREFIX_BYTES="1KiB")
     assert (pool.exit_code, "fits: False" in pool.stdout, "the pool has 1024" in pool.stdout) == (1, True, True)
     assert "nothing at" in cli.refused("inspect", files / "missing")
+
+
+def test_file_that_cannot_be_written_is_named_in_plain_words(cli: Cli, files: Path, tmp_path: Path) -> None:
+    numpy.save(tmp_path / "prompt.npy", numpy.zeros((4, 32), numpy.float32))
+    output = tmp_path / "missing" / "out.safetensors"
+    refused = cli.refused("convert", tmp_path / "prompt.npy", output)
+    assert f"error: {output}: No such file or directory" in refused
 
 
 def test_fold_writes_a_file_that_the_server_takes(cli: Cli, tmp_path: Path) -> None:

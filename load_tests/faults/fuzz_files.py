@@ -67,8 +67,8 @@ def good_ones() -> list[Upload]:
     ]
     uploads = [Upload(write_native(prefix)) for prefix in natives]
     common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 6, "base_model_name_or_path": "a/tiny"}
-    for kind, width in (("PROMPT_TUNING", 64), ("PREFIX_TUNING", 2 * 4 * 2 * 16)):
-        fields = {"peft_type": kind, "num_layers": 4, "token_dim": 32, "num_attention_heads": 2, **common}
+    for kind, token_dim, width in (("PROMPT_TUNING", 64, 64), ("PREFIX_TUNING", 32, 2 * 4 * 2 * 16)):
+        fields = {"peft_type": kind, "num_layers": 4, "token_dim": token_dim, "num_attention_heads": 2, **common}
         weights = save({"prompt_embeddings": torch.randn(6, width, generator=generator)})
         uploads.append(Upload(weights, json.dumps(fields).encode()))
     for upload in uploads:

@@ -64,7 +64,10 @@ def _one_part(tensors: dict[str, torch.Tensor], has_infix: bool, shape: ModelSha
     """PEFT's, or a decoder-only model's of Li and Liang."""
     found = find(tensors, PEFT)
     if found is not None:
-        slots = fold(found, PEFT.mlp, shape.num_layers, shape)
+        num_layers = shape.num_layers
+        if shape.is_encoder_decoder:  # laid out by the encoder's layers, or as many as the trainer named
+            num_layers = max(num_layers, found[-1].numel() // (2 * shape.num_kv_heads * shape.head_dim))
+        slots = fold(found, PEFT.mlp, num_layers, shape)
         return Prefix("kv", layers=decoder_layers(slots, shape), is_seq2seq=shape.is_encoder_decoder)
     if has_infix:
         raise InvalidArtefactError(f"expected a prefix checkpoint, got an infix one: it has {CROSS.table}.weight")

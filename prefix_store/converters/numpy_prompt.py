@@ -30,7 +30,9 @@ def read_numpy_prompt(path: Path, shape: ModelShape) -> Prefix:
                 }[version]
                 found, _, dtype = read_header(file)
         except (ValueError, KeyError, EOFError) as error:
-            raise InvalidArtefactError(f"{path.name}: expected a .npy file, got {str(error)[:200]}") from error
+            raise InvalidArtefactError(
+                f"{path.name}: expected a .npy file of format 1 or 2, its header is not one"
+            ) from error
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise InvalidArtefactError(f"{path.name}: dtype must be float16, float32 or float64, got {dtype.str}")
         sizes = list(found[1:] if len(found) == 3 and found[0] == 1 else found)

@@ -55,9 +55,7 @@ def read_weights_file(path: Path) -> object:
                 f"{path.name}: expected weights alone, got a pickle that names {named[1][:100]}: it is not run"
             ) from error
         got = "a pickle of other objects" if isinstance(error, pickle.UnpicklingError) else "what torch cannot read"
-        raise InvalidArtefactError(
-            f"{path.name}: expected weights alone, written by torch.save; got {got} ({type(error).__name__})"
-        ) from error
+        raise InvalidArtefactError(f"{path.name}: expected weights alone, written by torch.save; got {got}") from error
 
 
 def plain_tensor(name: str, found: object) -> torch.Tensor:
@@ -87,7 +85,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise InvalidArtefactError(f"{path.name}: expected an archive that torch.save wrote: {error}") from error
+        raise InvalidArtefactError(f"{path.name}: expected an archive of torch.save, got a broken one") from error
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise InvalidArtefactError(f"{path.name}: expected uncompressed records, {entry.filename!r} is compressed")

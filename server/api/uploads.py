@@ -157,7 +157,7 @@ async def _parts(request: Request) -> tuple[bytes, bytes]:
     try:
         return await _read_parts(request)
     except UnicodeError as error:  # of a charset that the caller names
-        raise RequestError(422, f"multipart text must be UTF-8: {error}") from error
+        raise RequestError(422, "multipart text must be UTF-8") from error
 
 
 async def _read_parts(request: Request) -> tuple[bytes, bytes]:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from prefix_store.blobs import Blobs
+from prefix_store.bounded_json import shown
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.native_format import read_native, write_native
 from prefix_store.peft_format import read_peft
@@ -89,6 +90,7 @@ def prefix_config(**more: Any) -> dict[str, Any]:
     return config("PREFIX_TUNING", **(sizes | more))
 
 
+LONE = "\ud800"  # half of a pair: no text that can be sent has it
 PROMPT = {"prompt_embeddings": random(N, HIDDEN)}
 PREFIX = {"prompt_embeddings": random(N, WIDTH)}
 
@@ -303,6 +305,41 @@ def test_json_that_is_no_object(text: bytes) -> None:
     refused_peft(text, PROMPT, "adapter_config.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'{"a": \xff}', "is not valid JSON: byte 6 is not UTF-8"),
+        (b'{"a": 1,\n "b" 2}', "is not valid JSON: line 2, column 6"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is not valid JSON: a number has too many digits"),
+        (b'{"a": ' + b"[" * 20_000, "is not valid JSON: it nests too deeply"),
+        (b'{"' + b"k" * 200 + b'": 1, "' + b"k" * 200 + b'": 1}', f": duplicate key '{'k' * 60}'"),
+        (b"null", "must be a JSON object, got null"),
+        (b"[1]", "must be a JSON object, got a list"),
+        (b'"text"', "must be a JSON object, got 'text'"),
+        (b"true", "must be a JSON object, got true"),
+    ],
+)
+def test_reason_of_wrong_json_is_in_our_own_words(text: bytes, reason: str) -> None:
+    refused_native(by_hand(text, 0), "the safetensors header", reason)
+    refused_peft(text, PROMPT, "adapter_config.json", reason)
+
+
+@pytest.mark.parametrize("value", [None, True, 1.5, 10**4000, "x\n\u202e", "y" * 500, LONE, ["z"], {"z": None}])
+@pytest.mark.parametrize("name", ["peft_type", "task_type", "num_virtual_tokens", "token_dim", "modules_to_save"])
+def test_reason_names_a_value_as_json_on_one_short_line(name: str, value: object) -> None:
+    for fields, tensors in ((config("PROMPT_TUNING"), PROMPT), (prefix_config(), PREFIX)):
+        try:
+            read_peft(json.dumps(fields | {name: value}).encode(), safetensors.torch.save(tensors), SHAPE)
+        except InvalidArtefactError as error:
+            reason = str(error)
+            assert reason.isprintable()
+            assert len(reason) < 300
+            assert not any(word in reason for word in ("None", "True", "NoneType", "torch.", "Error"))
+            reason.encode()
+        else:
+            assert value is None
+
+
 def test_config_over_the_bound() -> None:
     refused_peft(b"{" + b" " * 70_000 + b"}", PROMPT, "adapter_config.json must be <= 65536 bytes, got 70002")
 
@@ -329,7 +366,7 @@ def test_tensors_of_the_other_kind() -> None:
 @pytest.mark.parametrize(
     ("metadata", "text"),
     [
-        ({}, "__metadata__.format must be 'prefixserve/1', got None"),
+        ({}, "__metadata__.format must be 'prefixserve/1', got none"),
         (KV | {"format": "pt"}, "__metadata__.format must be 'prefixserve/1', got 'pt'"),
         (KV | {"kind": "lora"}, "__metadata__.kind must be 'kv' or 'soft', got 'lora'"),
         (KV | {"code": "x"}, "__metadata__ has 'code'; known are base_model, fingerprint, format, kind"),
@@ -356,7 +393,7 @@ def other_types() -> list[str]:
 @pytest.mark.parametrize("kind", [*other_types(), "lora", "", None, 7, ["PROMPT_TUNING"], {}])
 def test_any_other_adapter(kind: object) -> None:
     texts = ("peft_type must be one of PROMPT_TUNING, P_TUNING, CPT", "it cannot be expressed as a prefix")
-    refused_peft({"peft_type": kind, "task_type": "CAUSAL_LM"}, PROMPT, *texts, f"got {str(kind)!r}")
+    refused_peft({"peft_type": kind, "task_type": "CAUSAL_LM"}, PROMPT, *texts, f"got {shown(kind)}")
 
 
 def test_other_adapters_are_many() -> None:
@@ -385,8 +422,17 @@ def test_remote_code_anywhere(more: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
 def test_task_without_text_as_its_answer(task: str) -> None:
-    text = f"task_type must be CAUSAL_LM, got {task!r}: train it as CAUSAL_LM and serve it with /score"
+    text = f"task_type must be CAUSAL_LM, got {task!r}: answers are text here; train it as CAUSAL_LM, with the label as"
     refused_peft(config("PROMPT_TUNING", task_type=task), PROMPT, text)
+
+
+@pytest.mark.parametrize("kind", sorted(PREFIX_TYPES))
+def test_file_that_names_no_task_is_answered_without_its_prefix_by_peft(kind: str) -> None:
+    text = "task_type must be CAUSAL_LM, got null: without it PEFT answers as if there were no prefix"
+    refused_peft(config(kind, task_type=None), PROMPT, text)
+    fields = config(kind)
+    del fields["task_type"]
+    refused_peft(fields, PROMPT, text)
 
 
 def test_task_of_an_encoder_decoder_or_unknown() -> None:
@@ -424,6 +470,49 @@ def test_other_number_of_layers() -> None:
     refused_peft(prefix_config(num_layers=3), four, f"width must be {WIDTH} (2 * 3 layers", "got 128")
 
 
+HUGE = 10**4000
+WRONG_SIZES: list[object] = [0, -3, True, False, "3", 3.0, [3], {}, "", 1e300]
+WITH_HUGE = [*WRONG_SIZES, pytest.param(HUGE, id="huge")]
+
+
+@pytest.mark.parametrize("value", WITH_HUGE)
+def test_size_that_is_not_the_tensors(value: object) -> None:
+    for name, expected in (("num_layers", 3), ("num_attention_heads", 2), ("token_dim", 16)):
+        for kind in ("PREFIX_TUNING", "CARTRIDGE"):
+            fields = prefix_config(peft_type=kind) | {name: value}
+            refused_peft(fields, PREFIX, f"{name} must be {expected}", f"got {shown(value)}")
+    for kind in ("PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING"):
+        tensors = PROMPT if kind != "MULTITASK_PROMPT_TUNING" else multitask(random(1, N, 1), random(1, 1, HIDDEN))
+        refused_peft(config(kind, token_dim=value), tensors, f"token_dim must be 48, got {shown(value)}")
+
+
+@pytest.mark.parametrize("value", [*WITH_HUGE, 3, 512])
+def test_ranks_and_tasks_that_are_not_the_tensors(value: object) -> None:
+    tensors = multitask(random(2, N, 4), random(2, 4, HIDDEN))
+    for name, expected in (("num_tasks", 2), ("num_ranks", 4)):
+        fields = config("MULTITASK_PROMPT_TUNING", **{name: value})
+        refused_peft(fields, tensors, f"{name} must be {expected}, got {shown(value)}")
+
+
+@pytest.mark.parametrize("kind", sorted(PREFIX_TYPES))
+@pytest.mark.parametrize("value", [*WITH_HUGE, 2, 3])
+def test_other_number_of_stacks_on_a_decoder(kind: str, value: object) -> None:
+    """With 2 PEFT lays GPT-2's keys out as an encoder-decoder's, and hides as much text as a soft prompt is longer."""
+    is_kv = kind in ("PREFIX_TUNING", "CARTRIDGE")
+    fields = (prefix_config(peft_type=kind) if is_kv else config(kind)) | {"num_transformer_submodules": value}
+    for tensor in (PREFIX if is_kv else PROMPT)["prompt_embeddings"], random(2 * N, HIDDEN):
+        tensors = {"prompt_embeddings": tensor}
+        if kind == "MULTITASK_PROMPT_TUNING":
+            tensors |= multitask(random(1, len(tensor), 1), random(1, 1, HIDDEN)) | tensors
+        text = f"num_transformer_submodules must be 1 for {kind} of a decoder-only model, got {shown(value)}: "
+        refused_peft(fields, tensors, text, "train it without this field")
+
+
+@pytest.mark.parametrize("ids", [[5], [5] * (N + 1), [], "four", 4, {"5": 5}])
+def test_token_ids_of_cpt_that_are_not_as_many_as_its_rows(ids: object) -> None:
+    refused_peft(config("CPT", cpt_token_ids=ids), PROMPT, "cpt_token_ids must be a list of 4, as many as rows, got ")
+
+
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "CPT"])
 def test_peft_soft_prompt_of_another_shape(kind: str) -> None:
     wide = {"prompt_embeddings": random(N, HIDDEN + 1)}
@@ -437,7 +526,7 @@ def test_peft_soft_prompt_of_another_shape(kind: str) -> None:
 @pytest.mark.parametrize("count", [5, True, "4", 4.0, [4]])
 def test_num_virtual_tokens_that_is_not_the_files(count: object) -> None:
     fields = config("PROMPT_TUNING", num_virtual_tokens=count)
-    refused_peft(fields, PROMPT, f"num_virtual_tokens is {count!r}, the tensor has 4 rows")
+    refused_peft(fields, PROMPT, f"num_virtual_tokens is {shown(count)}, the tensor has 4 rows")
 
 
 def test_peft_file_longer_than_the_limit() -> None:
@@ -470,7 +559,7 @@ def multitask(cols: torch.Tensor, rows: torch.Tensor) -> dict[str, torch.Tensor]
 def test_multitask_file() -> None:
     fields = config("MULTITASK_PROMPT_TUNING")
     two = multitask(random(2, N, 1), random(2, 1, HIDDEN))
-    refused_peft(fields, two, "index must be 0 to 1 for this multitask file, got None")
+    refused_peft(fields, two, "index must be 0 to 1 for this multitask file, got none")
     refused_peft(fields, multitask(random(2, N), random(2, 1, HIDDEN)), "prefix_task_cols: expected 3 dimensions")
     refused_peft(fields, multitask(random(2, N, 1), random(3, 1, HIDDEN)), "do not fit each other", "[3, 1, 48]")
     large = multitask(torch.full((1, N, 1), 60_000.0), torch.full((1, 1, HIDDEN), 60_000.0))
@@ -546,9 +635,12 @@ def test_base_model_that_cannot_be_shown(key: str, text: str) -> None:
         (torch.bfloat16, torch.bfloat16, torch.float32),
         (torch.float64, torch.float8_e5m2, torch.float16),
         (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e4m3fn),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.float64, torch.float64, torch.float64),
     ],
 )
-def test_multitask_file_of_mixed_or_narrow_dtypes_is_multiplied_in_single(dtypes: tuple[torch.dtype, ...]) -> None:
+def test_multitask_file_of_any_dtype_is_multiplied_in_single(dtypes: tuple[torch.dtype, ...]) -> None:
     tensors = [t.to(d) for t, d in zip((random(N, HIDDEN), random(2, N, 2), random(2, 2, HIDDEN)), dtypes, strict=True)]
     table, cols, rows = (tensor.float() for tensor in tensors)
     names = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
@@ -560,6 +652,19 @@ def test_multitask_file_of_mixed_or_narrow_dtypes_is_multiplied_in_single(dtypes
         for place in range(HIDDEN):
             factor = sum(float(cols[1, token, r]) * float(rows[1, r, place]) for r in range(2))
             assert float(found[token, place]) == pytest.approx(float(table[token, place]) * factor, abs=1e-5)
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_double_precision_of_a_peft_file_goes_through_single(model_dtype: torch.dtype) -> None:
+    """As in PEFT, whose own parameters are in single precision: from there a narrower dtype may round otherwise."""
+    shape = replace(SHAPE, dtype=model_dtype)
+    halfway = 1 + 2.0**-9 + 2.0**-40  # to bf16 directly it rounds up, through single precision down
+    for fields, tensor in ((config("PROMPT_TUNING"), PROMPT), (prefix_config(), PREFIX)):
+        exact = torch.full_like(tensor["prompt_embeddings"], halfway, dtype=torch.float64)
+        found = read_peft(json.dumps(fields).encode(), safetensors.torch.save({"prompt_embeddings": exact}), shape)
+        loaded = found.embeddings if found.embeddings is not None else found.layers[0][0]
+        assert torch.equal(loaded.to(model_dtype), torch.full_like(loaded, halfway).float().to(model_dtype))
+        assert loaded.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -594,9 +699,6 @@ def test_empty_layer() -> None:
         InvalidArtefactError, match=r"layers.0.key: expected 3 dimensions .* of at least 1, got \[2, 0, 8"
     ):
         validate(Prefix("kv", layers={0: (empty, empty)}), SHAPE)
-
-
-LONE = "\ud800"  # half of a pair: no text that can be sent has it
 
 
 @pytest.mark.parametrize(
@@ -696,6 +798,85 @@ def test_peft_soft_prompt_of_an_encoder_decoder_has_rows_for_both_stacks() -> No
     found = read_peft(fields, safetensors.torch.save({"prompt_embeddings": table}), SEQ2SEQ)
     assert found.embeddings is not None
     assert torch.equal(found.embeddings, table[:N])
-    text = "num_virtual_tokens is 4 for encoder and decoder each, the tensor has 4 rows"
-    with pytest.raises(InvalidArtefactError, match=text):
-        read_peft(fields, safetensors.torch.save(PROMPT), SEQ2SEQ)
+    refused_seq2seq(json.loads(fields), PROMPT, "num_virtual_tokens is 4 for each of 2 stacks, the tensor has 4 rows")
+
+
+def refused_seq2seq(fields: dict[str, Any], tensors: dict[str, torch.Tensor], *texts: str) -> None:
+    with pytest.raises(InvalidArtefactError) as caught:
+        read_peft(json.dumps(fields).encode(), safetensors.torch.save(tensors), SEQ2SEQ)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+SOFT_OF_BOTH = sorted(PREFIX_TYPES - {"PREFIX_TUNING", "CARTRIDGE", "CPT"})
+
+
+@pytest.mark.parametrize("kind", SOFT_OF_BOTH)
+@pytest.mark.parametrize("num_stacks", [1, 2, 3, None])
+def test_peft_soft_prompt_of_an_encoder_decoder_has_rows_for_as_many_stacks_as_it_says(
+    kind: str, num_stacks: int | None
+) -> None:
+    """PEFT takes the first n for the encoder, whatever follows."""
+    count = num_stacks or 2
+    fields = config(kind, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=num_stacks)
+    tensors = {"prompt_embeddings": random(count * N, HIDDEN)}
+    if kind == "MULTITASK_PROMPT_TUNING":
+        tensors |= {"prefix_task_cols": torch.ones(1, count * N, 1), "prefix_task_rows": torch.ones(1, 1, HIDDEN)}
+    found = read_peft(json.dumps(fields).encode(), safetensors.torch.save(tensors), SEQ2SEQ)
+    assert found.embeddings is not None
+    assert torch.equal(found.embeddings, tensors["prompt_embeddings"][:N])
+    fields["num_transformer_submodules"] = count + 1
+    refused_seq2seq(
+        fields, tensors, f"num_virtual_tokens is 4 for each of {count + 1} stacks, the tensor has {count * N}"
+    )
+
+
+@pytest.mark.parametrize("kind", SOFT_OF_BOTH)
+@pytest.mark.parametrize("value", WRONG_SIZES)
+def test_number_of_stacks_that_is_none(kind: str, value: object) -> None:
+    fields = config(kind, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=value)
+    tensors = multitask(random(1, N, 1), random(1, 1, HIDDEN)) if kind == "MULTITASK_PROMPT_TUNING" else PROMPT
+    refused_seq2seq(fields, tensors, f"num_transformer_submodules must be at least 1 for {kind} of an encoder-decoder")
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "CARTRIDGE"])
+@pytest.mark.parametrize("value", [*WITH_HUGE, 1, 3, 4])
+def test_keys_of_an_encoder_decoder_that_peft_lays_out_otherwise(kind: str, value: object) -> None:
+    """With 1 PEFT keeps what the decoder and its cross-attention have seen in one growing cache; from 3 it fails."""
+    fields = prefix_config(peft_type=kind, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=value)
+    text = f"num_transformer_submodules must be 2 for {kind} of an encoder-decoder, got {shown(value)}: "
+    refused_seq2seq(fields, PREFIX, text, "train it without this field")
+
+
+def test_cpt_of_an_encoder_decoder() -> None:
+    text = "peft_type CPT is for decoder-only models in PEFT, the served model is none"
+    refused_seq2seq(config("CPT", task_type="SEQ_2_SEQ_LM"), {"prompt_embeddings": random(2 * N, HIDDEN)}, text)
+
+
+@pytest.mark.parametrize("num_layers", [LAYERS, LAYERS + 1, 7])
+def test_keys_of_an_encoder_decoder_are_read_by_the_depth_that_the_file_names(num_layers: int) -> None:
+    fields = prefix_config(task_type="SEQ_2_SEQ_LM", num_layers=num_layers)
+    table = random(N, 2 * num_layers * HEADS * DIM)
+    found = read_peft(json.dumps(fields).encode(), safetensors.torch.save({"prompt_embeddings": table}), SEQ2SEQ)
+    slots = table.view(N, 2 * num_layers, HEADS, DIM).transpose(1, 2)  # [n, heads, slots, dim]
+    assert sorted(found.layers) == list(range(LAYERS))
+    for layer, (key, value) in found.layers.items():
+        assert torch.equal(key.transpose(0, 1), slots[:, :, 4 * layer % (2 * num_layers)])
+        assert torch.equal(value.transpose(0, 1), slots[:, :, (4 * layer + 1) % (2 * num_layers)])
+    refused_seq2seq(fields, PREFIX | {"prompt_embeddings": table[:, 1:].contiguous()}, "prompt_embeddings: width must")
+
+
+@pytest.mark.parametrize("num_layers", [*WITH_HUGE, 1, 2, None, 5000])
+def test_keys_of_an_encoder_decoder_for_too_few_layers_or_none_that_can_be(num_layers: object) -> None:
+    """None is the encoder's depth in PEFT, which is 2 here, and the decoder has 3."""
+    found = shown(2 if num_layers is None else num_layers)
+    text = f"num_layers must be 3 (the decoder's layers) to 4096, got {found}: with fewer PEFT fails"
+    refused_seq2seq(prefix_config(task_type="SEQ_2_SEQ_LM", num_layers=num_layers), PREFIX, text, "with num_layers=3")
+
+
+def test_depth_that_an_encoder_decoders_file_does_not_name_is_the_encoders() -> None:
+    deeper = replace(SHAPE, num_encoder_layers=5)
+    fields = prefix_config(task_type="SEQ_2_SEQ_LM", num_layers=None)
+    table = random(N, 2 * 5 * HEADS * DIM)
+    found = read_peft(json.dumps(fields).encode(), safetensors.torch.save({"prompt_embeddings": table}), deeper)
+    assert torch.equal(found.layers[2][0][1, 3], table[3].view(10, HEADS, DIM)[8, 1])
