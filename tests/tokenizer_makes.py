@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, CTRLTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -96,6 +98,16 @@ def word_piece(*, cleanup: bool) -> PreTrainedTokenizerFast:
     return fast(backend)
 
 
+def ctrl() -> CTRLTokenizer:
+    """Written in Python, words joined with "@@ ", no EOS. BlenderbotSmall's and BertTweet's are alike."""
+    words = ["the", "cat", "ca@@", "a@@", "b", "t", "ing", "i@@", "n@@", "g", ",", ".", "é", "你", "hel@@", "lo"]
+    with TemporaryDirectory() as folder:
+        vocab, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocab.write_text(json.dumps({token: i for i, token in enumerate(["<unk>", *words])}))
+        merges.write_text("#version: 0.2\nt h\nth e</w>\nc a\nca t</w>\n")
+        return CTRLTokenizer(str(vocab), str(merges))
+
+
 MAKES: dict[str, Callable[[], Any]] = {
     "byte-level": lambda: byte_level(add_prefix_space=False),
     "byte-level-prefix-space": lambda: byte_level(add_prefix_space=True),
@@ -107,6 +119,7 @@ MAKES: dict[str, Callable[[], Any]] = {
     "word-piece": lambda: word_piece(cleanup=False),
     "word-piece-cleanup": lambda: word_piece(cleanup=True),
     "byt5": ByT5Tokenizer,
+    "ctrl": ctrl,
 }
 
 
@@ -115,7 +128,7 @@ def save_scripted_model(path: Path, tokenizer: Any, script: list[int]) -> Path:
     The script has no token twice."""
     assert len(set(script)) == len(script)
     tokenizer.save_pretrained(path)
-    size = (len(tokenizer) + 15) // 16 * 16
+    size = (len(tokenizer) // 16 + 1) * 16  # some ids stand for no token
     config = LlamaConfig(
         vocab_size=size,
         hidden_size=size,
