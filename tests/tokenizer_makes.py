@@ -39,8 +39,9 @@ LETTERS = [*"abcdefghinortu.\n"]
 CHARACTERS = ["é", "你", "न", "🎬", "\ufffd"]  # of two, three and four bytes; the last one is a true U+FFFD
 
 
-def fast(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+def fast(backend: Tokenizer, **more: Any) -> PreTrainedTokenizerFast:
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **more)
 
 
 def byte_level(*, add_prefix_space: bool) -> PreTrainedTokenizerFast:
@@ -80,13 +81,14 @@ def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
     return fast(backend)
 
 
-def unigram() -> PreTrainedTokenizerFast:
-    """As T5's and XLNet's."""
-    pieces = dict.fromkeys([*SPECIAL, *WORDS, *LETTERS])
+def unigram(*, cleans_up: bool = False) -> PreTrainedTokenizerFast:
+    """As T5's and XLNet's. Many saved ones have spaces before punctuation taken out of decoded text."""
+    contractions = ["▁n", "'t", "▁n't", "▁'", "'", "▁'v", "re", "▁?", "s"] if cleans_up else []
+    pieces = dict.fromkeys([*SPECIAL, *WORDS, *LETTERS, *contractions])
     backend = Tokenizer(models.Unigram([(piece, -1.0 - i / 100) for i, piece in enumerate(pieces)], unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    return fast(backend)
+    return fast(backend, clean_up_tokenization_spaces=cleans_up)
 
 
 def word_piece(*, cleanup: bool) -> PreTrainedTokenizerFast:
@@ -116,6 +118,7 @@ MAKES: dict[str, Callable[[], Any]] = {
         for kind in ("prepend", "unprepended", "mistral", "first", "always", "never")
     },
     "unigram": unigram,
+    "unigram-cleaned-up": lambda: unigram(cleans_up=True),
     "word-piece": lambda: word_piece(cleanup=False),
     "word-piece-cleanup": lambda: word_piece(cleanup=True),
     "byt5": ByT5Tokenizer,

@@ -42,7 +42,7 @@ class Detokenizer:
         self._include_stop = include_stop
         self._window = self._last_of(context_ids)
         self._num_read = len(self._window)  # tokens of the window whose text is in `_read_text`
-        self._read_text = self._decode(self._window)
+        self._read_text = self._texts.decode(self._window)
         self._piece_start, self._piece_end = 0, self._num_read  # in the window, the tokens of the last piece of text
         self._decoded = ""  # all text of the row but for unfinished characters
         self.text = ""
@@ -97,6 +97,8 @@ class Detokenizer:
         """Move the window's end behind `whole`, the text of all its tokens. Returns the text that is new."""
         if whole.startswith(self._read_text):
             piece = whole[len(self._read_text) :]
+        elif self._read_text.startswith(whole):
+            return ""  # the context's end is not certain yet
         elif not self._decoded and whole.startswith(begun := self._read_text.rstrip(REPLACEMENT)):
             piece = whole[len(begun) :]  # the context ended within a character, which is whole now
         else:
@@ -112,7 +114,9 @@ class Detokenizer:
         return piece
 
     def _cut_window(self) -> None:
-        """To the tokens of the last piece: these begin with a character."""
+        """To the tokens of the last piece: these begin with a character. Not while a part of its text is uncertain."""
+        if self._decode is not self._texts.decode and self._read_text != self._texts.decode(self._window):
+            return
         del self._window[: self._piece_start]
         self._num_read = self._piece_end = len(self._window)
         self._piece_start = 0

@@ -13,6 +13,7 @@ REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no character, or
 BYTE_LEVEL: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
 BYTE_OF_LETTER = {letter: byte for byte, letter in BYTE_LEVEL.items()}
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # of vocabularies with byte fallback
+UNCERTAIN = re.compile(r" (n'?|'[rv]?)?\Z")  # the beginning of what transformers' `clean_up_tokenization` shortens
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,26 @@ class TokenTexts:
 
     `decode` gives the text of many tokens, `decode_certain` the part of it that no further token changes, but for a
     last character that may be incomplete. They differ where a tokenizer, written in Python, joins words only when the
-    next token is known ("hel@@", "lo").
+    next token is known ("hel@@", "lo"), and where it takes spaces out of decoded text ("do n't").
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._cleans_up = _cleans_up(tokenizer)
         self._special_ids: frozenset[int] = frozenset()
         self._next_word: list[int] = []
         self.decode: Callable[[list[int]], str]
         self.decode_certain: Callable[[list[int]], str]
-        if self._backend is not None:
+        if self._backend is None:
+            self._special_ids = special_token_ids(tokenizer)
+            encoded = tokenizer("a", add_special_tokens=False)["input_ids"]
+            self._next_word = [i for i in encoded if i is not None and i not in self._special_ids]
+            self.decode, self.decode_certain = self._decode_in_python, self._decode_certain
+        elif self._cleans_up:
+            self.decode, self.decode_certain = self._decode_and_clean_up, self._decode_certain
+        else:
             self.decode = self.decode_certain = self._backend.decode  # which skips special tokens
-            return
-        self._special_ids = special_token_ids(tokenizer)
-        encoded = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self._next_word = [i for i in encoded if i is not None and i not in self._special_ids]
-        self.decode, self.decode_certain = self._decode_in_python, self._decode_certain_in_python
 
     def read(self, token_id: int, behind: Sequence[int]) -> TokenText:
         """One token behind others, which begin no character that they do not end."""
@@ -96,16 +100,20 @@ class TokenTexts:
         except Exception:  # a tokenizer raises what it likes for an id that it does not know
             return self._join([i for i in ids if self._is_known(i)])
 
-    def _decode_certain_in_python(self, ids: list[int]) -> str:
-        text = self._decode_in_python(ids)
-        if not self._next_word or not text:
-            return text
-        longer = self._decode_in_python([*ids, *self._next_word])
-        num_same = next((i for i, (a, b) in enumerate(zip(text, longer, strict=False)) if a != b), len(longer))
-        return text[:num_same]
+    def _decode_and_clean_up(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.clean_up_tokenization(self._backend.decode(ids))
+        return text
+
+    def _decode_certain(self, ids: list[int]) -> str:
+        text = self.decode(ids)
+        if self._next_word and text:
+            longer = self.decode([*ids, *self._next_word])
+            num_same = next((i for i, (a, b) in enumerate(zip(text, longer, strict=False)) if a != b), len(longer))
+            text = text[:num_same]
+        return UNCERTAIN.sub("", text) if self._cleans_up else text
 
     def _join(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
+        text: str = self._tokenizer.decode(ids) if ids else ""
         return text
 
     def _is_known(self, token_id: int) -> bool:
@@ -114,6 +122,15 @@ class TokenTexts:
         except Exception:  # as above
             return False
         return True
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    """Whether `tokenizer.decode` takes out spaces before punctuation, which transformers leaves to few makes."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    is_forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    return is_forced or type(getattr(backend, "model", None)).__name__ != "BPE"
 
 
 def special_token_ids(tokenizer: Any) -> frozenset[int]:

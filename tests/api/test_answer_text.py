@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import T5Config
 
 from server.model_files import ModelFiles
 from server.start import make_state
 from tests.conftest import NAME, Served, serve_in_thread, settings_for
+from tests.tiny_models import seq2seq_model
 from tests.tokenizer_makes import MAKES, save_scripted_model, sentencepiece
 
 PROMPT = "the cat"
@@ -134,3 +137,20 @@ def test_answer_of_every_make_is_served_whole(tmp_path: Path, make: str) -> None
         assert complete(served, prompt="cat ab", max_tokens=len(script))["text"] == expected
         fields = {"prompt": "cat ab", "max_tokens": len(script), "logprobs": 1}
         assert "".join(choice["text"] for choice in chunks(served, "/v1/completions", **fields)) == expected
+
+
+@pytest.mark.parametrize("make", ["unigram", "unigram-cleaned-up", "byt5"])
+def test_answer_of_an_encoder_decoder_reads_as_its_own_tokens(tmp_path: Path, make: str) -> None:
+    tokenizer = MAKES[make]()
+    tokenizer.save_pretrained(tmp_path / NAME)
+    torch.manual_seed(1)
+    sizes = {"vocab_size": len(tokenizer), "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0, "decoder_start_token_id": 0}
+    seq2seq_model(T5Config(**sizes, **ends, initializer_factor=1.5)).save_pretrained(tmp_path / NAME)
+    for served in serve_in_thread(make_state(settings_for(tmp_path / "data"), ModelFiles(tmp_path / NAME, NAME))):
+        for seed in range(4):
+            sampling = {"do_sample": True, "temperature": 2.0, "seed": seed, "max_new_tokens": 24}
+            answer = served.generate("the cat", details=True, **sampling).json()
+            ids = [token["id"] for token in answer["details"]["tokens"]]
+            assert answer["generated_text"] == tokenizer.decode(ids, skip_special_tokens=True)
+            assert "".join(token["text"] for token in answer["details"]["tokens"]) == answer["generated_text"]

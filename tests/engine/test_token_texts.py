@@ -19,7 +19,7 @@ FEW = settings(max_examples=150, deadline=None, derandomize=True, suppress_healt
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) if ids else ""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
     return text
 
 
