@@ -45,6 +45,7 @@ class Detokenizer:
         self._read_text = self._texts.decode(self._window)
         self._piece_start, self._piece_end = 0, self._num_read  # in the window, the tokens of the last piece of text
         self._decoded = ""  # all text of the row but for unfinished characters
+        self._held_bytes: list[bytes] = []  # of the tokens behind `_num_read` whose place was asked for
         self.text = ""
         self.is_stopped = False
 
@@ -76,11 +77,15 @@ class Detokenizer:
     def place(self, token_id: int) -> Place:
         """Where `token_id` would stand as the next token."""
         behind = tuple(self._window[self._piece_start : self._num_read])
-        held_back = b"".join(self._texts.read(i, behind).encoded for i in self._window[self._num_read :])
+        held_back = self._window[self._num_read :]
+        self._held_bytes = self._held_bytes[: len(held_back)]
+        for held_id in held_back[len(self._held_bytes) :]:
+            self._held_bytes.append(self._texts.read(held_id, behind).encoded)
         offset = len(self._decoded)
         if held_back:
             first_byte = self._texts.read(token_id, behind).encoded[:1]
-            offset += len((held_back + first_byte).decode("utf-8", "replace")) - len(first_byte)
+            read = b"".join([*self._held_bytes, first_byte]).decode("utf-8", "replace")
+            offset += max(0, len(read) - 1)  # of the character that the byte begins or goes on with
         return Place(offset, behind)
 
     def _last_of(self, context_ids: Sequence[int]) -> list[int]:
