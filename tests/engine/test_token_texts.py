@@ -24,10 +24,10 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def is_well_defined(tokenizer: Any, ids: list[int], start: int) -> bool:
-    """No token changes text that is complete before it, and no character is begun in the prompt and ended behind it."""
+    """No token changes text that is complete before it, and the prompt has no broken character."""
     whole = decode(tokenizer, ids)
     texts = [decode(tokenizer, ids[:end]) for end in range(start, len(ids))]
-    return whole.startswith(texts[0]) and all(whole.startswith(text.rstrip(REPLACEMENT)) for text in texts)
+    return REPLACEMENT not in texts[0] and all(whole.startswith(text.rstrip(REPLACEMENT)) for text in texts)
 
 
 def answer(tokenizer: Any, prompt: list[int], ids: list[int], **more: Any) -> tuple[str, list[Place]]:
