@@ -39,6 +39,7 @@ from server.engine.engine import Engine
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes, split_pool
 from server.engine.model_runner import ModelRunner, native_dtype
 from server.engine.threads import use_one_thread, workers
+from server.engine.token_texts import TokenTexts, special_token_ids
 from server.errors import StartError
 from server.metrics import Metrics
 from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint
@@ -65,6 +66,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
             f"host must be a loopback address while no keys are configured, got {settings.host}; "
             "give operator_key_file, or make a tenant with `prefixserve tenant create`"
         )
+    tokenizer = load_tokenizer(files.path)
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
     use_one_thread()
     checked = checked_model(
@@ -88,14 +90,13 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
             f"expected {num_bytes:,} bytes of memory for kv_bytes and prefix_bytes, got: {error}"
         ) from error
     runner = ModelRunner(model, shape, kv_blocks)
-    tokenizer = AutoTokenizer.from_pretrained(files.path)
     store = PrefixStore(registry, Blobs(settings.blob_url or settings.data_dir / "blobs"), shape)
     engine = Engine(
         runner,
         lambda ref: store.load(ref.tenant_id or DEFAULT_TENANT, ref.digest),
         num_prefix_blocks=num_prefix_blocks,
         eos_token_ids=_eos_token_ids(model, tokenizer),
-        special_token_ids=frozenset(tokenizer.all_special_ids),
+        special_token_ids=special_token_ids(tokenizer),
         max_rows=settings.max_rows,
         max_step_tokens=settings.max_step_tokens,
         max_queue_s=settings.max_queue_s,
@@ -112,6 +113,21 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         meter=Meter(registry),
         metrics=metrics,
     )
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The model's tokenizer. Raises StartError for one that cannot be loaded or has no text."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer("a")
+        decode = TokenTexts(tokenizer).decode
+        has_text = any(decode([token_id]).strip() for token_id in range(len(tokenizer)))
+    except Exception as error:  # whatever its files, or a package that it needs, give rise to
+        reason = " ".join(str(error).split())[:300]
+        raise StartError(f"expected a tokenizer in the model's folder {path}, it cannot be loaded: {reason}") from error
+    if not has_text:
+        raise StartError(f"expected a tokenizer's files in the model's folder {path}, found none")
+    return tokenizer
 
 
 def open_registry(settings: Settings) -> Registry:

@@ -105,7 +105,7 @@ def _elect(voters: list[RequestStream], outputs: list[list[TokenOutput]], params
     votes.sort(key=lambda vote: (-vote.count, -vote.logprob))
     had = outputs[best]
     if params.num_top_logprobs is None:  # the caller did not ask
-        had = [replace(output, logprob=None) for output in had]
+        had = [replace(output, logprob=None, place=None) for output in had]
     return Answer(voters[best], tuple(had), params.seed, tuple(votes))
 
 

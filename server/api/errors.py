@@ -59,6 +59,7 @@ STATUSES: dict[type[Exception], int] = {
     store_errors.StorageFullError: 507,
     store_errors.UnavailableError: 503,
     engine_errors.PromptTooLongError: 422,
+    engine_errors.UnknownTokenError: 422,
     engine_errors.OverloadedError: 503,
     engine_errors.TenantBusyError: 429,
     engine_errors.PrefixLoadError: 424,

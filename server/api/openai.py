@@ -6,10 +6,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,8 +23,10 @@ from server.api.generate import Session
 from server.api.limits import default_tokens
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from server.api.state import AppState, State, Target, named
+from server.engine.detokenizer import Place
 from server.engine.errors import EngineError
 from server.engine.sequence import TokenOutput
+from server.engine.token_texts import TokenTexts
 
 router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
 DEFAULT_COMPLETION_TOKENS, MAX_DEFAULT_CHAT_TOKENS = 16, 512
@@ -43,6 +44,7 @@ class Reply:
     id: str
     kind: str  # text_completion, chat.completion
     created_s: int
+    token_texts: TokenTexts
 
     def body(self, choices: list[dict[str, Any]], *, is_chunk: bool = False) -> dict[str, Any]:
         version = self.target.version
@@ -148,7 +150,8 @@ async def _answer(
     params = [body.sampling_params(max_new_tokens, num_top_logprobs, i) for i in range(body.n or 1)]
     answers = await start_answers(state, request, prompt, params, bill)
     prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
-    reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()))
+    texts = TokenTexts(state.engine.tokenizer)
+    reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), texts)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_events(reply, answers, with_usage), answers, answer_headers(bill, answers[0].stream))
@@ -162,7 +165,7 @@ async def _answer(
         text = answer.stream.generated_text
         choice: dict[str, Any] = {"index": i, "finish_reason": _reason(outputs[-1]), "logprobs": None}
         if params[i].num_top_logprobs is not None:
-            choice["logprobs"] = _logprobs(reply, outputs)
+            choice["logprobs"] = _logprobs(reply, outputs, text)
         if kind == "text_completion":
             choice["text"] = text
         else:
@@ -198,7 +201,8 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
 
     pumps = [asyncio.create_task(pump(i, answer)) for i, answer in enumerate(answers)]
     num_running = len(answers)
-    offsets = [0] * len(answers)  # where the next token of each choice starts
+    texts = [""] * len(answers)
+    unsent: list[list[TokenOutput]] = [[] for _ in answers]  # log-probabilities wait for the text of their token
     try:
         if is_chat:
             for i in range(len(answers)):
@@ -209,11 +213,14 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
                 yield f"data: {json.dumps({'error': openai_error(status_of(output), str(output))})}\n\n"
                 return
             num_running -= output.finish_reason is not None
-            logprobs = None
-            if output.logprob is not None:
-                logprobs = _logprobs(reply, [output], offsets[index])
-                offsets[index] += 0 if is_chat else len(logprobs["tokens"][0])
             reason = _reason(output) if output.finish_reason else None
+            logprobs = None
+            texts[index] += output.text
+            if output.place is not None:
+                waiting = [*unsent[index], output]
+                num_sent = sum(reason is not None or _begins_in(each, texts[index]) for each in waiting)
+                unsent[index] = waiting[num_sent:]
+                logprobs = _logprobs(reply, waiting[:num_sent], texts[index]) if num_sent else None
             if output.text or logprobs or reason:
                 yield chunk([choice(index, output.text, reason, logprobs)])
         if with_usage:
@@ -224,6 +231,10 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
             task.cancel()
         for answer in answers:
             answer.stream.abort()
+
+
+def _begins_in(output: TokenOutput, text: str) -> bool:
+    return output.place is not None and output.place.offset < len(text)
 
 
 def _reason(output: TokenOutput) -> str:
@@ -241,38 +252,37 @@ def _usage(answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def _logprobs(reply: Reply, outputs: list[TokenOutput], offset: int = 0) -> dict[str, Any]:
-    """In the shape of the reply's kind; `offset` is where the first of `outputs` starts in the answer."""
-    decode: Callable[[list[int]], str] = reply.state.engine.tokenizer.decode
+def _logprobs(reply: Reply, outputs: list[TokenOutput], text: str) -> dict[str, Any]:
+    """In the shape of the reply's kind, of tokens of an answer that reads `text` up to now. A token that a stop string
+    cut off stands at its end."""
+    read = reply.token_texts.read
+    places = [output.place for output in outputs if output.place is not None]
     if reply.kind == "chat.completion":
 
-        def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
-            text = decode([token_id])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        def entry(token_id: int, logprob: float | None, place: Place) -> dict[str, Any]:
+            token = read(token_id, place.behind)
+            return {"token": token.text, "logprob": logprob, "bytes": list(token.encoded)}
 
         return {
             "content": [
                 {
-                    **entry(output.token_id, output.logprob),
-                    "top_logprobs": [entry(token_id, value) for token_id, value in output.top_logprobs],
+                    **entry(output.token_id, output.logprob, place),
+                    "top_logprobs": [entry(token_id, value, place) for token_id, value in output.top_logprobs],
                 }
-                for output in outputs
+                for output, place in zip(outputs, places, strict=True)
             ],
             "refusal": None,
         }
-    texts = [decode([output.token_id]) for output in outputs]
+    top_logprobs = []
+    for output, place in zip(outputs, places, strict=True):
+        # The best and the chosen one. Where several tokens read the same (parts of a character), the best of them.
+        found: dict[str, float | None] = {}
+        for token_id, value in (*output.top_logprobs, (output.token_id, output.logprob)):
+            found.setdefault(read(token_id, place.behind).text, value)
+        top_logprobs.append(found)
     return {
-        "tokens": texts,
+        "tokens": [read(output.token_id, place.behind).text for output, place in zip(outputs, places, strict=True)],
         "token_logprobs": [output.logprob for output in outputs],
-        "top_logprobs": [_by_text(decode, output) for output in outputs],
-        "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)),
+        "top_logprobs": top_logprobs,
+        "text_offset": [min(place.offset, len(text)) for place in places],
     }
-
-
-def _by_text(decode: Callable[[list[int]], str], output: TokenOutput) -> dict[str, float]:
-    """The best and the chosen one. Where several tokens read the same (parts of a character), the best of them."""
-    assert output.logprob is not None
-    found: dict[str, float] = {}
-    for token_id, value in (*output.top_logprobs, (output.token_id, output.logprob)):
-        found.setdefault(decode([token_id]), value)
-    return found

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from prefix_store.prefix import Layout, ModelShape, Prefix
-from server.engine.context_limits import check_context, max_new_tokens
+from server.engine.context_limits import check_context, check_vocabulary, max_new_tokens
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
 from server.engine.engine_stats import EngineStats, stats_of
@@ -106,7 +106,7 @@ class AsyncEngine:
         tenant_id: str,
     ) -> RequestStream:
         """Admit a request of one row a member. Raises TenantQueueFullError or OverloadedError before tokenising,
-        PromptTooLongError after."""
+        UnknownTokenError or PromptTooLongError after."""
         if self._is_draining:
             self._metrics.rejected("draining")
             raise OverloadedError("the server is stopping")
@@ -117,7 +117,10 @@ class AsyncEngine:
             start_ids = self._engine.runner.decoder_start_ids
             for prefixes in members:
                 check_context(self.shape, prefixes, len(token_ids), len(start_ids), sampling_params.max_new_tokens)
-            detokenizer = Detokenizer(self.tokenizer, sampling_params.stop, sampling_params.include_stop)
+            check_vocabulary(self.shape, token_ids)
+            detokenizer = Detokenizer(
+                self.tokenizer, sampling_params.stop, sampling_params.include_stop, start_ids or token_ids
+            )
             sequence = Sequence(request_id, token_ids, sampling_params, detokenizer, members, start_ids, tenant_id)
             stream = RequestStream(sequence, lambda: self._abort(request_id))
             self._engine.check_room(sequence)

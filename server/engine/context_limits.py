@@ -1,9 +1,11 @@
-"""Does a request fit the model's positions? Known from lengths alone, before anything is loaded."""
+"""Does a request fit the model's positions and its vocabulary? Known before anything is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefix_store.prefix import ModelShape
-from server.engine.errors import PromptTooLongError
+from server.engine.errors import PromptTooLongError, UnknownTokenError
 from server.engine.sequence import Composition
 
 
@@ -46,3 +48,13 @@ def check_context(
             f"{stack}virtual tokens ({num_decoder}) + {read} ({limit - num_left - num_decoder}) + max_new_tokens "
             f"({num_wanted}) must be <= {limit}"
         )
+
+
+def check_vocabulary(shape: ModelShape, token_ids: Sequence[int | None]) -> None:
+    """Raises UnknownTokenError for a token that is none (text that the tokenizer has no token for), or that the model
+    has no embedding for."""
+    for token_id in token_ids:
+        if token_id is None or not 0 <= token_id < shape.vocab_size:
+            raise UnknownTokenError(
+                f"the prompt's tokens must be among the model's {shape.vocab_size}, its tokenizer gives {token_id}"
+            )

@@ -236,6 +236,7 @@ class Engine:
         self.scheduler.waiting.charge_output(sequence.tenant_id, len(sequence.rows))
         for row in sequence.rows:
             self.own_blocks.register(row)
+        place = None if chosen.logprob is None else sequence.detokenizer.place(token_id)
         text = sequence.detokenizer.append(token_id)
         if token_id in self._eos_token_ids and not params.ignore_eos:
             sequence.finish_reason = "eos_token"
@@ -256,6 +257,7 @@ class Engine:
             top_logprobs=chosen.top_logprobs,
             special=token_id in self._special_token_ids,
             finish_reason=sequence.finish_reason,
+            place=place,
         )
         return StepOutput(sequence, token=output)
 

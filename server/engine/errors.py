@@ -3,6 +3,7 @@
 EngineError
  +- ModelRefusedError      the model would answer wrongly under packed attention
  +- PromptTooLongError     prompt, virtual tokens and new tokens do not fit the context or the pool
+ +- UnknownTokenError      the tokenizer gives the prompt a token that the model has no embedding for
  +- OverloadedError        the queue is full; try again after `retry_after_s`
  |   +- QueueTimeoutError  waited longer than the queue allows
  |   +- PinnedRoomError    pinned prefixes leave no room for this one
@@ -41,6 +42,10 @@ class ModelRefusedError(EngineError):
 
 
 class PromptTooLongError(EngineError):
+    pass
+
+
+class UnknownTokenError(EngineError):
     pass
 
 

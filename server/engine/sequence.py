@@ -22,7 +22,7 @@ from server.engine.kv_blocks import BLOCK_SIZE, num_blocks_for
 from server.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from server.engine.detokenizer import Detokenizer
+    from server.engine.detokenizer import Detokenizer, Place
     from server.engine.resident_prefix import ResidentPrefix
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
@@ -49,7 +49,8 @@ Composition = tuple[PrefixRef, ...]  # of one row, in order; empty: the bare mod
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """One generated token. `text` is what became complete with it, which may be nothing."""
+    """One generated token. `text` is what became complete with it, which may be nothing. `place` is known where
+    log-probabilities were asked for."""
 
     index: int
     token_id: int
@@ -58,6 +59,7 @@ class TokenOutput:
     top_logprobs: tuple[tuple[int, float], ...]
     special: bool
     finish_reason: FinishReason | None
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
