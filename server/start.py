@@ -41,6 +41,7 @@ from server.engine.model_runner import ModelRunner, load_model, measure_shape, n
 from server.engine.self_check import self_check
 from server.engine.threads import use_one_thread, workers
 from server.errors import StartError
+from server.generation_config import defaults_of, read_generation_config
 from server.metrics import Metrics
 from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint
 from server.progress import progress_bar
@@ -66,6 +67,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
             f"host must be a loopback address while no keys are configured, got {settings.host}; "
             "give operator_key_file, or make a tenant with `prefixserve tenant create`"
         )
+    fields = read_generation_config(files.path, settings.generation_config)
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
     use_one_thread()
     model, shape, kernels = _checked_model(settings, files, device, kernels)
@@ -101,6 +103,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         limits=RateLimits(registry),
         meter=Meter(registry),
         metrics=metrics,
+        defaults=defaults_of(fields, tokenizer, settings.generation_config),
     )
 
 

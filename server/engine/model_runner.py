@@ -32,7 +32,7 @@ class ModelRunner:
         self.model = model.eval().requires_grad_(False)
         self.shape = shape
         self.kv_blocks = kv_blocks
-        self.decoder_start_ids = _decoder_start_ids(model) if shape.is_encoder_decoder else ()
+        self.decoder_start_ids = (_decoder_start_id(model),) if shape.is_encoder_decoder else ()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
@@ -166,15 +166,14 @@ def _max_even_positions(config: Any) -> float:
     return min((each for each in found if each), default=math.inf)
 
 
-def _decoder_start_ids(model: Any) -> tuple[int, ...]:
-    """What an encoder-decoder's own text begins with: its start token, and the first token where that is forced."""
+def _decoder_start_id(model: Any) -> int:
+    """What an encoder-decoder's own text begins with."""
     start = model.generation_config.decoder_start_token_id
     if start is None:
         start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
         raise ModelRefusedError(f"{model.config.model_type}: expected decoder_start_token_id in its config, found none")
-    forced = model.generation_config.forced_bos_token_id
-    return (start,) if forced is None else (start, forced)
+    return int(start)
 
 
 def native_dtype(name: str, device: torch.device) -> torch.dtype:
