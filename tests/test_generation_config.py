@@ -26,13 +26,14 @@ from server.engine.kv_blocks import KVBlocks, split_pool
 from server.engine.model_runner import ModelRunner, load_model
 from server.engine.sequence import PrefixRef, Sequence
 from server.generation_config import defaults_of, read_generation_config
+from tests import naive
 from tests.cases import WholeSteps, tiny_shape
 from tests.tiny_models import FAMILIES, SEQ2SEQ_FAMILIES, VOCAB, letter_tokenizer, seq2seq_model
 
 NEW_TOKENS = 16
 ASCII = 0x20
 TOKENIZER = letter_tokenizer(first=ASCII)  # stop strings are looked for with the letters a to f
-PLAIN = GenerationDefaults()
+PLAIN, IGNORING_EOS = GenerationDefaults(), {"ignore_eos": True}
 Answers = dict[str, list[int]]
 
 
@@ -86,36 +87,46 @@ class World:
 
     def ours(self, folder: Path, *, kv: int = 4096, use: str = "auto", **parameters: Any) -> Answers:
         """All in one batch, beside the same without defaults, whose answers are checked here."""
+        runner, defaults = self.runner(folder, kv), self.defaults(folder, use)
+        eos = json.loads((folder / "generation_config.json").read_text())["eos_token_id"] or []
+        rows = {}
+        for each in self.asked:
+            refs = () if each.adapter is None else (PrefixRef(each.adapter, self.prefixes[each.adapter].layout),)
+            for name, used, more in ((each.name, defaults, parameters), (f"plain {each.name}", PLAIN, IGNORING_EOS)):
+                params = GenerateParameters.model_validate(more).sampling_params(NEW_TOKENS, used)
+                start = runner.decoder_start_ids
+                rows[name] = Sequence(name, each.prompt, params, Detokenizer(TOKENIZER), (refs,), start)
+        num_preemptions = self.run(runner, list(rows.values()), frozenset(eos))
+        assert kv == 4096 or num_preemptions
+        answers = {name: row.output_token_ids for name, row in rows.items()}
+        assert {each.name: answers.pop(f"plain {each.name}") for each in self.asked} == self.plain
+        return answers
+
+    def runner(self, folder: Path, kv: int = 4096) -> ModelRunner:
         model = load_model(folder, torch.float32, torch.device("cpu"), reorders=False)
         shape = tiny_shape(model)
-        runner = ModelRunner(model, shape, KVBlocks(shape, split_pool(kv, 1024)[0], torch.device("cpu")))
-        defaults = defaults_of(read_generation_config(folder, use), TOKENIZER, use)  # type: ignore[arg-type]
-        eos = json.loads((folder / "generation_config.json").read_text())["eos_token_id"] or []
+        return ModelRunner(model, shape, KVBlocks(shape, split_pool(kv, 1024)[0], torch.device("cpu")))
+
+    def defaults(self, folder: Path, use: str) -> GenerationDefaults:
+        return defaults_of(read_generation_config(folder, use), TOKENIZER, use)  # type: ignore[arg-type]
+
+    def run(self, runner: ModelRunner, sequences: list[Sequence], eos: frozenset[int]) -> int:
+        """To the end, in one engine; how many were preempted."""
         engine = WholeSteps(
             runner,
             lambda ref: self.prefixes[ref.digest],
             num_prefix_blocks=64,
             max_rows=24,
             max_step_tokens=24,
-            eos_token_ids=frozenset(eos if isinstance(eos, list) else [eos]),
+            eos_token_ids=eos,
         )
-        rows = {}
-        for each in self.asked:
-            refs = () if each.adapter is None else (PrefixRef(each.adapter, self.prefixes[each.adapter].layout),)
-            for name, used, more in ((each.name, defaults, parameters), (f"plain {each.name}", PLAIN, {})):
-                request = GenerateParameters.model_validate(more | ({} if used is defaults else {"ignore_eos": True}))
-                params = request.sampling_params(NEW_TOKENS, used)
-                start = runner.decoder_start_ids
-                rows[name] = Sequence(name, each.prompt, params, Detokenizer(TOKENIZER), (refs,), start)
-                engine.add(rows[name])
+        for sequence in sequences:
+            engine.add(sequence)
         while engine.has_work:
             for output in engine.step():
                 assert output.error is None, output.error
             engine.check_integrity()
-        assert kv == 4096 or engine.scheduler.num_preemptions
-        answers = {name: row.output_token_ids for name, row in rows.items()}
-        assert {each.name: answers.pop(f"plain {each.name}") for each in self.asked} == self.plain
-        return answers
+        return engine.scheduler.num_preemptions
 
     def tokens(self, index: int, num: int = 1) -> list[list[int]]:
         """`num` tokens from `index` on of every plain answer, each once."""
@@ -126,9 +137,11 @@ class World:
         return [2 if self.family == "bart" else 0] if self.is_seq2seq else asked.prompt[-2:]
 
     def towards_prompts(self) -> list[list[Any]]:
-        """A bias that makes answers repeat what was asked."""
-        pairs = [[list(pair), 60.0] for each in self.asked for pair in pairwise(each.prompt)]
-        return pairs + [[[each.prompt[0]], 15.0] for each in self.asked]
+        """A bias that makes answers repeat what was asked behind adapters whose encoder text is known."""
+        adapters = ("kv",) if self.is_seq2seq else ("kv", "soft")
+        prompts = [each.prompt for each in self.asked if each.adapter in adapters and len(each.prompt) > 1]
+        pairs = [[list(pair), 900.0] for prompt in prompts for pair in pairwise(prompt)]
+        return pairs + [[prompt[:1], 300.0] for prompt in prompts]
 
     def in_both(self) -> set[int]:
         """Tokens of plain answers behind the soft prompt and behind the prefix, before their last."""
@@ -274,3 +287,59 @@ def test_tokens_equal_peft_with_the_same_file(world: World, field: str, tmp_path
     print(f"| {world.family} | {field} | {num_wrong[0]} of {len(expected)} | {num_wrong[1]} of {len(expected)} |")
     assert ours == expected
     assert changed >= ({"kv"} if world.is_seq2seq and field.startswith("encoder_") else {"kv", "soft"}), changed
+
+
+@pytest.mark.parametrize("field", ["repetition_penalty", "no_repeat_ngram_size", "all together"])
+def test_tokens_equal_peft_after_preemption(world: World, field: str, tmp_path: Path) -> None:
+    folder = world.folder_with(FIELDS[field](world), tmp_path)
+    assert world.ours(folder, kv=5 * 16 if world.is_seq2seq else 7 * 16) == world.peft(folder)
+
+
+def test_a_requests_own_value_wins(world: World, tmp_path: Path) -> None:
+    fields = {"repetition_penalty": 1.3, "min_new_tokens": 9, "eos_token_id": world.ids(4)}
+    folder = world.folder_with(fields, tmp_path)
+    assert world.ours(folder, repetition_penalty=1.0, min_new_tokens=0) == world.peft(
+        world.folder_with({"eos_token_id": world.ids(4)}, tmp_path / "without")
+    )
+
+
+def test_a_request_that_ignores_eos_is_as_a_file_without_eos(world: World, tmp_path: Path) -> None:
+    """So nothing suppresses EOS, and a bad word that is EOS is one."""
+    fields = {"min_new_tokens": 9, "bad_words_ids": [*world.tokens(4), *world.tokens(2)]}
+    folder = world.folder_with(fields | {"eos_token_id": world.ids(4)}, tmp_path)
+    expected = world.peft(world.folder_with(fields, tmp_path / "without"))
+    assert world.ours(folder, ignore_eos=True) == expected
+
+
+@pytest.mark.parametrize("use", ["auto", "none"])
+def test_an_answer_of_an_encoder_decoder_begins_with_its_forced_token(world: World, use: str, tmp_path: Path) -> None:
+    folder = world.folder_with({"forced_bos_token_id": 17}, tmp_path)
+    answers = world.ours(folder, use=use)
+    begun = {answer[0] == 17 for name, answer in answers.items() if world.is_seq2seq or (name[-2:] == " 1")}
+    assert begun == {world.is_seq2seq or use == "auto"}
+
+
+def test_members_that_choose_together_are_shaped_as_one(tmp_path: Path, world: World) -> None:
+    """The rules see the log of the mean of their distributions: transformers' own processors on the naive loop's."""
+    if world.is_seq2seq:
+        pytest.skip("the naive loop of both kinds is one")
+    fields = FIELDS["all together"](world) | {"eos_token_id": world.ids(4)}
+    folder = world.folder_with(fields, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=naive.NAME).eval()
+    prompt, members = world.asked[1].prompt, [[world.prefixes["kv"]], [world.prefixes["soft"]]]
+    config, _ = model._prepare_generation_config(None, max_new_tokens=NEW_TOKENS)
+    model._prepare_special_tokens(config)
+    config.max_length = len(prompt) + NEW_TOKENS
+    ids = torch.tensor([prompt])
+    processors = model._get_logits_processor(config, len(prompt), ids, device="cpu")
+    text: list[int] = []
+    while len(text) < NEW_TOKENS and not set(text[-1:]) & set(fields["eos_token_id"]):
+        logits = [naive.next_logits(model, prompt, text, prefixes) for prefixes in members]
+        mean = torch.stack([each.softmax(-1) for each in logits]).mean(0).log()
+        text.append(int(processors(torch.tensor([prompt + text]), mean[None]).argmax()))
+    runner, defaults = world.runner(folder), world.defaults(folder, "auto")
+    refs = tuple((PrefixRef(name, world.prefixes[name].layout),) for name in ("kv", "soft"))
+    params = GenerateParameters().sampling_params(NEW_TOKENS, defaults)
+    sequence = Sequence("e", prompt, params, Detokenizer(TOKENIZER), refs)
+    world.run(runner, [sequence], frozenset(fields["eos_token_id"]))
+    assert sequence.output_token_ids == text
