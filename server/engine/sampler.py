@@ -32,7 +32,8 @@ def sample(
     """One `Sample` a sequence; `logits` `[rows, vocab_size]` are those of their rows, in order.
 
     The rows of an ensemble choose together, from the mean of their distributions (Lester et al., 2021).
-    Log-probabilities only for sequences that ask; they are the model's, whatever shapes the choice.
+    Log-probabilities only for sequences that ask; they are the model's, whatever shapes the choice. Where rules leave
+    no token, the first is chosen.
     """
     if logits.shape[0] != len(sequences):
         logits = _mean(logits, [len(sequence.rows) for sequence in sequences])
@@ -51,7 +52,7 @@ def sample(
             if params.do_sample:
                 token_id = _draw(shaped, sequence)
             elif shaped is not scores:
-                token_id = int(shaped.argmax(-1))
+                token_id = _best(shaped[None], kernels)[0] or 0
         if params.num_top_logprobs is None:
             samples.append(Sample(token_id))
             continue
@@ -83,8 +84,7 @@ def _log_of_mean(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(logits: torch.Tensor, sequence: Sequence) -> int:
-    """A token from `logits` `[vocab_size]`: temperature, top-k, top-p, min-p, draw; in transformers' order. The first
-    one where rules leave none."""
+    """A token from `logits` `[vocab_size]`: temperature, top-k, top-p, min-p, draw; in transformers' order."""
     params = sequence.sampling_params
     assert sequence.generator is not None
     uniform = torch.rand((), generator=sequence.generator).item()
