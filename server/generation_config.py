@@ -115,7 +115,7 @@ def read_generation_config(path: Path, use: Use) -> GenerationFields:
     except Exception as error:  # transformers raises what it likes for values that it does not expect
         raise ModelFilesError(f"{name} cannot be read: {' '.join(str(error).split())[:300]}") from error
     model_config = AutoConfig.from_pretrained(path)
-    vocab_size = model_config.get_text_config().vocab_size
+    vocab_size = getattr(model_config.get_text_config(), "vocab_size", 2**31)
     special = _parse(SpecialTokens, config, name)
     start = {
         "decoder_start_token_id": special.decoder_start_token_id,
