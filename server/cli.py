@@ -47,6 +47,9 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16")] = None,
     device: str | None = None,
     quantize: Annotated[str | None, typer.Option(help="int8: weights and products in 8 bits, on a CPU.")] = None,
+    generation_config: Annotated[
+        str | None, typer.Option(help="auto: requests have the model's own defaults; none: they have not.")
+    ] = None,
     kv_bytes: Annotated[str | None, typer.Option(help="As 2GiB.")] = None,
     prefix_bytes: str | None = None,
     max_rows: int | None = None,

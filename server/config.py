@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     quantize: Literal["int8"] | None = Field(
         default=None, description="Weights and products in 8 bits; none: as they are."
     )
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto", description="Defaults of requests from the model's own; none: its EOS and start tokens alone."
+    )
     kv_bytes: ByteSize | None = Field(
         default=None, gt=0, description="KV memory of the rows' text; none: from max_rows."
     )

@@ -41,6 +41,7 @@ from server.engine.model_runner import ModelRunner, native_dtype
 from server.engine.threads import use_one_thread, workers
 from server.engine.token_texts import TokenTexts, special_token_ids
 from server.errors import StartError
+from server.generation_config import defaults_of, read_generation_config
 from server.metrics import Metrics
 from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint
 from server.progress import progress_bar
@@ -67,6 +68,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
             "give operator_key_file, or make a tenant with `prefixserve tenant create`"
         )
     tokenizer = load_tokenizer(files.path)
+    fields = read_generation_config(files.path, settings.generation_config)
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
     use_one_thread()
     checked = checked_model(
@@ -112,6 +114,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
         limits=RateLimits(registry),
         meter=Meter(registry),
         metrics=metrics,
+        defaults=defaults_of(fields, tokenizer, settings.generation_config),
     )
 
 

@@ -89,8 +89,8 @@ def seq2seq_model(config: PretrainedConfig) -> Any:
     return model
 
 
-def letter_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
-    """Token i is one letter of its own."""
-    backend = Tokenizer(models.BPE(vocab={chr(0x100 + i): i for i in range(vocab_size)}, merges=[]))
+def letter_tokenizer(vocab_size: int = VOCAB, first: int = 0x100) -> PreTrainedTokenizerFast:
+    """Token i is one letter of its own, the i-th from `first` on."""
+    backend = Tokenizer(models.BPE(vocab={chr(first + i): i for i in range(vocab_size)}, merges=[]))
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend)

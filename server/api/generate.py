@@ -68,6 +68,12 @@ async def generate_stream(
     return await _answer(request, state, caller, body, task, session, streams=True)
 
 
+def check_least(name: str, least: int | None, name_of_most: str, most: int) -> None:
+    """Raises RequestError for more tokens at least than the answer may have."""
+    if least is not None and least > most:
+        raise RequestError(422, f"{name} must be <= {name_of_most} ({most}), got {least}", name)
+
+
 async def _answer(
     request: Request,
     state: AppState,
@@ -84,9 +90,10 @@ async def _answer(
     name = task if task is not None else parameters.adapter_id
     target = await state.resolve_task(caller, None if name in state.model_names else name, session)
     max_new_tokens = default_tokens(caller.tenant.limits, parameters.max_new_tokens, DEFAULT_NEW_TOKENS)
+    check_least("min_new_tokens", parameters.min_new_tokens, "max_new_tokens", max_new_tokens)
     lead = body.inputs if parameters.return_full_text else ""
     with await admit(state, caller, target, len(body.inputs.encode()), 1, max_new_tokens) as bill:
-        params = [parameters.sampling_params(max_new_tokens)]
+        params = [parameters.sampling_params(max_new_tokens, state.defaults)]
         (answer,) = await start_answers(state, request, body.inputs, params, bill)
         if streams:
             return EventStream(_events(answer, target, lead), [answer], answer_headers(bill, answer.stream))

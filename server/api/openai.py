@@ -19,7 +19,7 @@ from server.api.answers import Answer, EventStream, answer_headers, start_answer
 from server.api.auth import Asking, Caller
 from server.api.bill import Bill, admit
 from server.api.errors import OPENAI_ERRORS, RequestError, also, openai_error, status_of
-from server.api.generate import Session
+from server.api.generate import Session, check_least
 from server.api.limits import default_tokens
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from server.api.state import AppState, State, Target, named
@@ -147,7 +147,9 @@ async def _answer(
     bill: Bill,
 ) -> Response:
     target = bill.target
-    params = [body.sampling_params(max_new_tokens, num_top_logprobs, i) for i in range(body.n or 1)]
+    check_least("min_tokens", body.min_tokens, "max_tokens", max_new_tokens)
+    defaults = state.defaults
+    params = [body.sampling_params(max_new_tokens, num_top_logprobs, i, defaults) for i in range(body.n or 1)]
     answers = await start_answers(state, request, prompt, params, bill)
     prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
     texts = TokenTexts(state.engine.tokenizer)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from prefix_store.ensemble import MAX_MEMBERS, Rule
+from server.engine.generation_defaults import GenerationDefaults
 from server.engine.sampling_params import SamplingParams
 
 Text = Annotated[str, StringConstraints(max_length=2**22)]  # a bound makes pydantic refuse lone surrogates
@@ -27,6 +28,8 @@ MAX_MODEL_LENGTH = MAX_PARTS * 195  # an owner, /, a name, @, a digest, a comma
 MAX_PROMPTS = 1000
 MAX_FIELDS = 64
 UNSUPPORTED = "unsupported"
+LeastTokens = Annotated[int, Field(ge=0, lt=2**31)]
+T = TypeVar("T")
 
 
 class WireModel(BaseModel):
@@ -61,14 +64,20 @@ def refuse(values: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
     return values
 
 
+def _either(given: T | None, default: T) -> T:
+    return default if given is None else given
+
+
 class GenerateParameters(WireModel):
     """TGI's parameters. Sampling is on with `do_sample`, or, as in TGI, when it is left out and a warper is given."""
 
     max_new_tokens: NumTokens | None = None
+    min_new_tokens: LeastTokens | None = None
     do_sample: bool | None = None
     temperature: float | None = Field(None, gt=0, le=100)
     top_k: int | None = Field(None, ge=0, lt=2**31)
     top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     seed: Seed | None = None
     stop: Stops | None = None
@@ -103,7 +112,8 @@ class GenerateParameters(WireModel):
             },
         )
 
-    def sampling_params(self, max_new_tokens: int) -> SamplingParams:
+    def sampling_params(self, max_new_tokens: int, defaults: GenerationDefaults) -> SamplingParams:
+        """`defaults` hold where the request says nothing; they do not turn sampling on."""
         warps = self.temperature not in (None, 1.0) or bool(self.top_k) or self.top_p not in (None, 1.0)
         do_sample = warps if self.do_sample is None else self.do_sample
         seed = self.seed
@@ -112,14 +122,18 @@ class GenerateParameters(WireModel):
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
-            temperature=self.temperature or 1.0,
-            top_k=self.top_k or 0,
-            top_p=self.top_p or 1.0,
-            repetition_penalty=self.repetition_penalty or 1.0,
+            temperature=_either(self.temperature, defaults.temperature),
+            top_k=_either(self.top_k, defaults.top_k),
+            top_p=_either(self.top_p, defaults.top_p),
+            min_p=_either(self.min_p, defaults.min_p),
+            repetition_penalty=_either(self.repetition_penalty, defaults.repetition_penalty),
+            min_new_tokens=_either(self.min_new_tokens, defaults.min_new_tokens),
             seed=seed,
             stop=tuple(self.stop or ()),
             ignore_eos=bool(self.ignore_eos),
             num_top_logprobs=0 if self.details else None,
+            rules=defaults.rules,
+            stop_strings=defaults.stop_strings if self.stop is None else None,
         )
 
 
@@ -146,6 +160,7 @@ class OpenAIRequest(WireModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -153,6 +168,7 @@ class OpenAIRequest(WireModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    min_tokens: LeastTokens | None = None
     user: Name | None = None
 
     @model_validator(mode="before")
@@ -185,22 +201,30 @@ class OpenAIRequest(WireModel):
             },
         )
 
-    def sampling_params(self, max_new_tokens: int, num_top_logprobs: int | None, choice: int) -> SamplingParams:
+    def sampling_params(
+        self, max_new_tokens: int, num_top_logprobs: int | None, choice: int, defaults: GenerationDefaults
+    ) -> SamplingParams:
+        """`defaults` hold where the request says nothing. Their stop strings are cut off as a request's are."""
         do_sample = self.temperature != 0
         seed = secrets.randbits(62) if self.seed is None else self.seed
+        stop_strings = defaults.stop_strings if self.stop is None else None
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
-            temperature=self.temperature or 1.0,
-            top_k=max(self.top_k or 0, 0),
-            top_p=self.top_p or 1.0,
-            repetition_penalty=self.repetition_penalty or 1.0,
+            temperature=_either(self.temperature or None, defaults.temperature),
+            top_k=max(_either(self.top_k, defaults.top_k), 0),
+            top_p=_either(self.top_p, defaults.top_p),
+            min_p=_either(self.min_p, defaults.min_p),
+            repetition_penalty=_either(self.repetition_penalty, defaults.repetition_penalty),
+            min_new_tokens=_either(self.min_tokens, defaults.min_new_tokens),
             seed=(seed + choice) % 2**64 if do_sample else None,
-            stop=tuple(stop),
+            stop=tuple(stop) if stop_strings is None else stop_strings.strings,
             include_stop=False,
             ignore_eos=bool(self.ignore_eos),
             num_top_logprobs=num_top_logprobs,
+            rules=defaults.rules,
+            stop_strings=stop_strings,
         )
 
 

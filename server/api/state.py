@@ -29,6 +29,7 @@ from server.api.warm_start import Label
 from server.config import Settings
 from server.engine.async_engine import NUM_WORKERS, AsyncEngine
 from server.engine.errors import EngineError
+from server.engine.generation_defaults import GenerationDefaults
 from server.engine.sequence import Composition, PrefixRef
 from server.metrics import Metrics
 
@@ -92,6 +93,7 @@ class AppState:
     limits: RateLimits
     meter: Meter
     metrics: Metrics
+    defaults: GenerationDefaults
     faults: FaultWatch = field(default_factory=FaultWatch)
     is_draining: bool = False
     is_registry_seen: bool = False

@@ -176,7 +176,7 @@ class Engine:
         try:
             wanting = {row for sequence in sampled for row in sequence.rows}
             batch = batch_of(rows, wanting, kv_blocks, prefixes, reads=self.runner.shape.reads)
-            samples = sample(self.runner.run(batch), sampled, kv_blocks.kernels)
+            samples = sample(self.runner.run(batch), sampled, kv_blocks.kernels, self._eos_token_ids)
         except Exception as error:  # also when memory is short; whoever is at fault for it is found
             for sequence in sampled:
                 sequence.rewind_draws()
@@ -240,7 +240,11 @@ class Engine:
         text = sequence.detokenizer.append(token_id)
         if token_id in self._eos_token_ids and not params.ignore_eos:
             sequence.finish_reason = "eos_token"
-        elif sequence.detokenizer.is_stopped or token_id in params.stop_token_ids:
+        elif (
+            sequence.detokenizer.is_stopped
+            or token_id in params.stop_token_ids
+            or (params.stop_strings is not None and params.stop_strings.end(sequence.text_ids))
+        ):
             sequence.finish_reason = "stop_sequence"
         elif sequence.num_generated_tokens == params.max_new_tokens:
             sequence.finish_reason = "length"

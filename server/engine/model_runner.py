@@ -36,7 +36,7 @@ class ModelRunner:
         self.shape = shape
         self.kv_blocks = kv_blocks
         self._lengths = PackedLengths() if counts_by_cache(model) else None
-        self.decoder_start_ids = _decoder_start_ids(model) if shape.is_encoder_decoder else ()
+        self.decoder_start_ids = (_decoder_start_id(model),) if shape.is_encoder_decoder else ()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
@@ -179,15 +179,14 @@ def load_model(
     return model
 
 
-def _decoder_start_ids(model: Any) -> tuple[int, ...]:
-    """What an encoder-decoder's own text begins with: its start token, and the first token where that is forced."""
+def _decoder_start_id(model: Any) -> int:
+    """What an encoder-decoder's own text begins with."""
     start = model.generation_config.decoder_start_token_id
     if start is None:
         start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
         raise ModelRefusedError(f"{model.config.model_type}: expected decoder_start_token_id in its config, found none")
-    forced = model.generation_config.forced_bos_token_id
-    return (start,) if forced is None else (start, forced)
+    return int(start)
 
 
 def native_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from server.engine.cpu_kernels import DTYPES, CpuKernels
+from server.engine.logit_rules import SMALLEST
 from server.engine.sequence import Sequence
-
-SMALLEST = 1e-30  # that a float32 logit can be divided by
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,17 @@ class Sample:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: list[Sequence], kernels: CpuKernels | None = None) -> list[Sample]:
+def sample(
+    logits: torch.Tensor,
+    sequences: list[Sequence],
+    kernels: CpuKernels | None = None,
+    eos_token_ids: Collection[int] = (),
+) -> list[Sample]:
     """One `Sample` a sequence; `logits` `[rows, vocab_size]` are those of their rows, in order.
 
     The rows of an ensemble choose together, from the mean of their distributions (Lester et al., 2021).
-    Log-probabilities only for sequences that ask.
+    Log-probabilities only for sequences that ask; they are the model's, whatever shapes the choice. Where rules leave
+    no token, the first is chosen.
     """
     if logits.shape[0] != len(sequences):
         logits = _mean(logits, [len(sequence.rows) for sequence in sequences])
@@ -39,8 +45,14 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], kernels: CpuKernels 
         if token_id is None:
             samples.append(Sample(None))
             continue
-        if params.do_sample or params.repetition_penalty != 1.0:
-            token_id = _choose(logits[row].float(), sequence)
+        if params.do_sample or params.shapes_logits:
+            eos = [i for i in eos_token_ids if not params.ignore_eos and 0 <= i < logits.shape[1]]
+            scores = logits[row].float()
+            shaped = params.rules.shape(scores, sequence, torch.tensor(eos, dtype=torch.long))
+            if params.do_sample:
+                token_id = _draw(shaped, sequence)
+            elif shaped is not scores:
+                token_id = _best(shaped[None], kernels)[0] or 0
         if params.num_top_logprobs is None:
             samples.append(Sample(token_id))
             continue
@@ -71,16 +83,13 @@ def _log_of_mean(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, -1).logsumexp(0) - math.log(len(logits))
 
 
-def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
-    """A token from `logits` `[vocab_size]`: penalty, temperature, top-k, top-p, draw; in transformers' order."""
+def _draw(logits: torch.Tensor, sequence: Sequence) -> int:
+    """A token from `logits` `[vocab_size]`: temperature, top-k, top-p, min-p, draw; in transformers' order."""
     params = sequence.sampling_params
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.seen_token_ids)), device=logits.device)
-        values = logits[seen]
-        penalty = max(params.repetition_penalty, SMALLEST)
-        logits = logits.index_put((seen,), torch.where(values < 0, values * penalty, values / penalty))
-    if not params.do_sample:
-        return int(logits.argmax())
+    assert sequence.generator is not None
+    uniform = torch.rand((), generator=sequence.generator).item()
+    if not torch.isfinite(logits.max()):
+        return 0
     logits = (logits - logits.max()) / max(params.temperature, SMALLEST)
     num_kept = params.top_k or logits.shape[0]
     if num_kept < logits.shape[0] or params.top_p < 1.0:
@@ -91,11 +100,11 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
     if params.top_p < 1.0:
         before = probabilities.cumsum(-1) - probabilities
         probabilities[1:].masked_fill_(before[1:] >= params.top_p, 0.0)  # however small it is, one stays
-    assert sequence.generator is not None
+    if params.min_p > 0.0:
+        probabilities.masked_fill_(probabilities < params.min_p * probabilities.max(), 0.0)
     # The inverse of the distribution function at one uniform number of the row's own generator.
-    threshold = torch.rand((), generator=sequence.generator).item()
     cumulative = probabilities.double().cumsum(-1)
-    drawn = int(torch.searchsorted(cumulative, threshold * float(cumulative[-1]), right=True))
+    drawn = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
     if drawn >= cumulative.shape[0] or math.isclose(float(probabilities[drawn]), 0.0, abs_tol=0.0):
         drawn = int(probabilities.nonzero()[-1])
     return drawn if ids is None else int(ids[drawn])

@@ -251,7 +251,10 @@ class Sequence:
         self.detokenizer = detokenizer
         self.prompt_token_ids = prompt_token_ids
         self.output_token_ids: list[int] = []
-        self._decoder_start_ids = decoder_start_ids
+        given = decoder_start_ids or prompt_token_ids
+        self.num_given_tokens = len(given)  # of the text that the model continues
+        self._text_ids = np.empty(len(given) + sampling_params.max_new_tokens, dtype=np.int64)
+        self._text_ids[: len(given)] = given
         self.prefixes = tuple(ref for prefixes in members for ref in prefixes)  # of all rows
         max_new_tokens = sampling_params.max_new_tokens
         self.rows = tuple(
@@ -271,6 +274,7 @@ class Sequence:
                 self.generator.manual_seed(sampling_params.seed)
 
     def append(self, token_id: int) -> None:
+        self._text_ids[self.num_given_tokens + self.num_generated_tokens] = token_id
         self.output_token_ids.append(token_id)
         for row in self.rows:
             row.token_ids.append(token_id)
@@ -296,9 +300,18 @@ class Sequence:
         return sum(row.num_virtual_tokens for row in self.rows)
 
     @property
-    def seen_token_ids(self) -> list[int]:
-        """What a repetition penalty counts: the text that the model continues."""
-        return [*(self._decoder_start_ids or self.prompt_token_ids), *self.output_token_ids]
+    def text_ids(self) -> torch.Tensor:
+        """`[n]`, the text that the model continues, without virtual tokens: prompt and output, or what the decoder of
+        an encoder-decoder has read."""
+        return torch.from_numpy(self._text_ids[: self.num_given_tokens + self.num_generated_tokens])
+
+    @cached_property
+    def encoder_text_ids(self) -> torch.Tensor | None:
+        """`[num_prompt_tokens]`, what rules about the input see: the prompt. None where an encoder reads a soft prompt
+        before it: PEFT's `generate` then has embeddings in place of ids, and such rules do not hold."""
+        if any(row.encoder_ids and row.encoder_ids[0] < 0 for row in self.rows):
+            return None
+        return torch.tensor(self.prompt_token_ids)
 
     @property
     def max_blocks(self) -> int:

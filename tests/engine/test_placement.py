@@ -18,6 +18,7 @@ from server.engine.attention import NAME
 from server.engine.batch import AttentionGroup, Batch
 from server.engine.detokenizer import Detokenizer
 from server.engine.kv_blocks import BlockIndex, KVBlocks, split_pool
+from server.engine.logit_rules import LogitRules
 from server.engine.model_families import prepare
 from server.engine.model_measures import measure_shape
 from server.engine.model_runner import ModelRunner, model_class
@@ -93,6 +94,19 @@ def members_of(prefixes: dict[str, Prefix]) -> list[tuple[Composition, ...]]:
     return [*(((ref,),) for ref in refs.values()), (composed,), ensemble, ((),)]
 
 
+EVERY_RULE = LogitRules(
+    sequence_bias=(((3,), 1.0), ((1, 4), 2.0)),
+    encoder_repetition_penalty=1.2,
+    no_repeat_ngram_size=2,
+    encoder_no_repeat_ngram_size=2,
+    bad_words_ids=((5,), (2,), (3, 4)),
+    min_length=40,
+    exponential_decay_length_penalty=(0, 1.2),
+    suppress_tokens=(7, 8),
+    begin_suppress_tokens=(9,),
+)
+
+
 def run_steps(family: str) -> int:
     """A mixed batch from loads to last tokens, each kind twice; returns how many operations ran on the device."""
     config = (FAMILIES | SEQ2SEQ_FAMILIES)[family]()
@@ -105,19 +119,26 @@ def run_steps(family: str) -> int:
     num_blocks, num_prefix_blocks = split_pool(512, 256)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, META))
     engine = WholeSteps(
-        runner, lambda ref: prefixes[ref.digest], num_prefix_blocks=num_prefix_blocks, max_rows=16, max_step_tokens=24
+        runner,
+        lambda ref: prefixes[ref.digest],
+        num_prefix_blocks=num_prefix_blocks,
+        max_rows=16,
+        max_step_tokens=24,
+        eos_token_ids=frozenset({2}),
     )
     tokenizer = letter_tokenizer()
     params = [
         SamplingParams(max_new_tokens=4),
         SamplingParams(max_new_tokens=3, do_sample=True, top_k=5, top_p=0.9, seed=1, num_top_logprobs=2),
         SamplingParams(max_new_tokens=3, repetition_penalty=1.3),
+        SamplingParams(max_new_tokens=3, min_new_tokens=2, rules=EVERY_RULE),
+        SamplingParams(max_new_tokens=2, rules=replace(EVERY_RULE, forced_bos_token_id=5, forced_eos_token_ids=(2, 6))),
     ]
     requests = [members for members in members_of(prefixes) for _ in range(2)]
     for i, members in enumerate(requests):
         prompt = [token % VOCAB for token in range(1, 8 + 9 * i % 40)]
         detokenizer = Detokenizer(tokenizer)
-        engine.add(Sequence(f"r{i}", prompt, params[i % 3], detokenizer, members, runner.decoder_start_ids))
+        engine.add(Sequence(f"r{i}", prompt, params[i % len(params)], detokenizer, members, runner.decoder_start_ids))
     finished = []
     with OneDevice() as mode:
         while engine.has_work:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from server.engine.detokenizer import Detokenizer
+from server.engine.logit_rules import LogitRules
 from server.engine.sampler import Sample, sample
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Sequence
@@ -99,13 +101,45 @@ def test_log_probabilities_of_sure_members_are_finite() -> None:
     assert [round(value) for _, value in found.top_logprobs] == [0, -200, -200]
 
 
-def test_log_probabilities_are_the_models_whatever_the_penalty() -> None:
+@pytest.mark.parametrize(
+    "shaping", [{"repetition_penalty": 4.0}, {"rules": LogitRules(suppress_tokens=tuple(range(50)))}]
+)
+def test_log_probabilities_are_the_models_whatever_shapes_the_choice(shaping: dict[str, Any]) -> None:
     logits = logits_of(1)
-    plain, penalised = (
-        sample(logits.clone(), [sequence_of(1, replace(LOGPROBS, repetition_penalty=penalty), prompt=(3, 4, 5, 6))])[0]
-        for penalty in (1.0, 4.0)
+    plain, shaped = (
+        sample(logits.clone(), [sequence_of(1, replace(LOGPROBS, **more), prompt=(3, 4, 5, 6))])[0]
+        for more in ({}, shaping)
     )
-    assert dict(penalised.top_logprobs) == pytest.approx(dict(plain.top_logprobs))
+    assert dict(shaped.top_logprobs) == pytest.approx(dict(plain.top_logprobs))
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+def test_a_row_whose_rules_leave_no_token_has_the_first(params: SamplingParams) -> None:
+    everything = replace(params, rules=LogitRules(suppress_tokens=tuple(range(VOCAB))))
+    assert sample(logits_of(1), [sequence_of(1, everything)])[0].token_id == 0
+
+
+def test_what_is_less_probable_than_min_p_is_never_drawn() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5], logits[0, 6] = 4.0, 3.0
+    sequence = sequence_of(1, SamplingParams(do_sample=True, min_p=0.3, seed=1))
+    assert {sample(logits, [sequence])[0].token_id for _ in range(100)} == {5, 6}
+
+
+def test_rows_beside_one_that_is_shaped_keep_the_models_best() -> None:
+    logits = logits_of(3)
+    best = logits.argmax(-1).tolist()
+    shaped = replace(GREEDY, rules=LogitRules(suppress_tokens=(best[1],)))
+    chosen = sample(logits, [sequence_of(1, params) for params in (GREEDY, shaped, GREEDY)])
+    assert [chosen[0].token_id, chosen[2].token_id] == [best[0], best[2]]
+    assert chosen[1].token_id == logits[1].topk(2).indices[1]
+
+
+def test_ids_of_a_prompt_that_have_no_logit_are_not_penalised() -> None:
+    """An embedding may have more rows than the model has logits."""
+    logits = logits_of(1)
+    sequence = sequence_of(1, PENALISED, prompt=(VOCAB + 3, 4))
+    assert sample(logits, [sequence])[0] == sample(logits, [sequence_of(1, PENALISED, prompt=(4,))])[0]
 
 
 @pytest.mark.parametrize(("name", "best"), [("temperature", 9), ("top_p", 9), ("repetition_penalty", 3)])
