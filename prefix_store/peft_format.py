@@ -111,11 +111,18 @@ def decoder_layers(slots: torch.Tensor, shape: ModelShape) -> Layers:
     """What PEFT makes of a file's slots `[2 * num_layers, num_kv_heads, n, head_dim]`, with the file's `num_layers`.
 
     For an encoder-decoder it doubles the list of slots and splits it by 4, and gives the first two of each four to the
-    decoder's self-attention.
+    decoder's self-attention. A layer that reads another layer's cache has no use for its slots. Where layers differ, a
+    narrower one takes the first heads and values of its slots, and one with more heads than the file gets no prefix.
     """
     step = 4 if shape.is_encoder_decoder else 2
-    keys = [step * layer % len(slots) for layer in range(shape.num_layers)]
-    return {layer: (slots[key], slots[key + 1]) for layer, key in enumerate(keys)}
+    _, num_heads, _, width = slots.shape
+    found = {}
+    for index in shape.kv_layers:
+        layer, at = shape.layer(index), step * index % len(slots)
+        if layer.num_kv_heads <= num_heads and layer.key_dim <= width:
+            key, value = (slots[i, : layer.num_kv_heads, :, : layer.key_dim].contiguous() for i in (at, at + 1))
+            found[index] = (key, value)
+    return found
 
 
 def _has_remote_code(fields: dict[str, Any]) -> bool:
@@ -179,6 +186,11 @@ def _num_stacks(fields: dict[str, Any], shape: ModelShape) -> int:
 
 
 def _check_kv_width(fields: dict[str, Any], found: int, shape: ModelShape) -> None:
+    if any(layer.key_dim != layer.value_dim for layer in shape.layers):
+        raise InvalidArtefactError(
+            f"{shape.model_name} has keys and values of different widths, which a {fields['peft_type']} file cannot "
+            "have; a soft prompt or a native file can be served"
+        )
     num_layers = _num_layers(fields, shape)
     heads, width = shape.num_kv_heads, shape.num_kv_heads * shape.head_dim
     expected = 2 * num_layers * width

@@ -32,7 +32,7 @@ NUM_TOKENS = 24
 MAX_WEIGHTS = 120_000_000
 PROMPT_LENGTHS = (3, 9, 17, 30)
 NUM_VIRTUAL_TOKENS = {"kv": 7, "soft": 5}
-GAINS = (1.5, 3.0, 0.8, 6.0)  # of random weights, tried until answers vary
+GAINS = ((1.5, 0.5), (3.0, 0.05), (6.0, 0.02), (1.0, 1.0))  # of random weights and of embeddings, until answers vary
 SEEDS = (0, 1)
 # Measures by the names that configurations have for them.
 SIZES: dict[str, Any] = {
@@ -80,16 +80,24 @@ SIZES: dict[str, Any] = {
     "scale_embedding": True,
 }
 # What a family wants beside or instead.
+ENCODERS = (
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 GEMMA_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 SHARING = {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": [*GEMMA_LAYERS, *GEMMA_LAYERS[:2]]}
 DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 MORE: dict[str, dict[str, Any]] = {
+    **{name: {"is_decoder": True} for name in ENCODERS},
     "bamba": HYBRID,
+    "falcon_h1": HYBRID | {"mamba_d_ssm": 64},
+    "dbrx": {"max_seq_len": POSITIONS},
+    "zamba2": {"num_hidden_layers": 54},
+    "xlm": {"emb_dim": HIDDEN, "n_words": VOCAB},
     "deepseek_v4": {"o_lora_rank": 16, "o_groups": 1},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "falcon_h1": HYBRID,
     "gemma4": SHARING,
     "gemma4_text": SHARING,
     "gemma4_unified": SHARING | {"hidden_size_per_layer_input": 0},
@@ -99,7 +107,7 @@ MORE: dict[str, dict[str, Any]] = {
     "granitemoehybrid": HYBRID,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 1},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16]},
     "zaya": {"num_experts_per_tok": 1},
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"), DELTA),
 }
@@ -152,7 +160,7 @@ def _fields(kind: Any) -> set[str]:
     return found
 
 
-def random_model(family: Family, config: Any, gain: float, seed: int) -> Any:
+def random_model(family: Family, config: Any, gain: tuple[float, float], seed: int) -> Any:
     """Weights drawn so that no token follows from the one before it alone."""
     torch.manual_seed(seed)
     kind: Any = AutoModelForSeq2SeqLM if family.is_seq2seq else AutoModelForCausalLM
@@ -160,9 +168,9 @@ def random_model(family: Family, config: Any, gain: float, seed: int) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2 and "embed" not in name and "wte" not in name and "shared" not in name:
-                weight.normal_(0, gain / weight.shape[-1] ** 0.5)
+                weight.normal_(0, gain[0] / weight.shape[-1] ** 0.5)
             elif weight.dim() >= 2:
-                weight.normal_(0, 0.5)
+                weight.normal_(0, gain[1])
             elif "norm" in name and "weight" in name:
                 weight.add_(torch.randn_like(weight) * 0.1)
             else:

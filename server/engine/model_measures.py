@@ -16,6 +16,8 @@ from server.engine.errors import ModelRefusedError, one_line
 from server.engine.reach import WHOLE
 
 MAX_RELATIVE_POSITIONS = 4096  # of a model whose positions have no end of their own
+STATEFUL = ("Mamba", "Mixer", "ShortConv", "Delta", "Recurrent", "LinearAttention", "Lightning", "KDA", "LSTM")
+RECURRENT = "it has recurrent or convolution layers, whose state would pass from one packed row to the next"
 log = structlog.get_logger()
 
 
@@ -56,7 +58,10 @@ def measure_shape(
 def _measure_layers(model: Any, max_positions: int) -> list[LayerShape]:
     """Of each decoder layer, from what it hands to its attention. Raises ModelRefusedError."""
     position = max_positions - NUM_PROBED_TOKENS
-    calls = ask_seq2seq(model) if model.config.is_encoder_decoder else ask(model, position)
+    try:
+        calls = ask_seq2seq(model) if model.config.is_encoder_decoder else ask(model, position)
+    except Exception as error:  # a family's own, about masks, caches and inputs that it makes something else of
+        raise ModelRefusedError(_why_unanswered(model, error)) from error
     if not calls:
         raise ModelRefusedError("it has attention of its own, which cannot be replaced")
     if unknown := {name for handed in calls for name in handed.unknown}:
@@ -75,9 +80,32 @@ def _measure_layers(model: Any, max_positions: int) -> list[LayerShape]:
             value_dim = handed.value.shape[3]
             found[handed.layer] = LayerShape(num_kv_heads, key_dim, value_dim, source, reach.window, reach.chunk)
     num_layers = _num_decoder_layers(model.config)
+    if not found:
+        raise ModelRefusedError("its attention is not causal: a token sees those after it")
     if silent := sorted(set(range(num_layers)) - set(found)):
-        raise ModelRefusedError(f"layers {silent} never call the attention that they are given")
+        raise ModelRefusedError(_why_silent(model, silent))
     return [found[index] for index in range(num_layers)]
+
+
+def _why_unanswered(model: Any, error: Exception) -> str:
+    if _has_module(model, "Indexer"):
+        return "its attention picks keys by their content (a sparse indexer), which packed rows do not have"
+    if _has_module(model, *STATEFUL):
+        return RECURRENT
+    if "MaskRule" in str(error):
+        return "its layers make masks of their own, which packed rows do not have"
+    return f"its layers cannot be asked what they attend to ({one_line(error)})"
+
+
+def _why_silent(model: Any, layers: list[int]) -> str:
+    if _has_module(model, *STATEFUL):
+        return RECURRENT
+    return f"layers {layers} have attention of their own, which cannot be replaced"
+
+
+def _has_module(model: Any, *names: str) -> bool:
+    """Whether a class of its modules has one of `names` in its own."""
+    return any(name in type(module).__name__ for module in model.modules() for name in names)
 
 
 @torch.inference_mode()

@@ -107,7 +107,7 @@ class ModelRunner:
                 tokens = torch.arange(key.shape[1])
                 slots = kv_blocks.slots(table[tokens // BLOCK_SIZE], tokens % BLOCK_SIZE)
                 kv_blocks.write(layer, slots, key.to(device, dtype), value.to(device, dtype))
-            num_layers = self.shape.num_encoder_layers if part == "encoder" else self.shape.num_layers
+            num_layers = self.shape.num_encoder_layers if part == "encoder" else len(self.shape.kv_layers)
             if len(layers) < num_layers:
                 resident.partial_layers[part] = frozenset(layers)
 
