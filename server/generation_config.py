@@ -189,7 +189,8 @@ def _parse(kind: type[Fields], config: GenerationConfig, name: str) -> Fields:
         first = error.errors()[0]
         field = str(first["loc"][0])
         got = repr(values[field])[:80]
-        raise ModelFilesError(f"{name}: {field} cannot be {got}: {first['msg']}; mend it, or use none") from error
+        hint = "; mend it, or serve with --generation-config none" if kind is GenerationFields else ""
+        raise ModelFilesError(f"{name}: {field} cannot be {got}: {first['msg']}{hint}") from error
 
 
 def _check_ids(name: str, fields: dict[str, tuple[int, ...]], vocab_size: int) -> None:

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.errors import ModelFilesError
-from server.generation_config import read_generation_config
+from server.generation_config import GenerationFields, read_generation_config
 from server.model_files import ModelFiles
 from server.start import make_state
 from tests.conftest import NAME, Served, native, serve_in_thread, settings_for
@@ -258,6 +258,15 @@ def test_values_that_cannot_hold_are_refused_in_one_line(fields: dict[str, Any] 
     assert len(str(refused.value)) < 500
     if isinstance(fields, dict) and fields not in NOT_NAMED:
         assert next(iter(fields)) in str(refused.value)
+
+
+def test_a_file_that_is_left_out_need_not_hold(model_with: Model) -> None:
+    """But EOS must: it is used."""
+    assert read_generation_config(model_with({"repetition_penalty": -1.0, "bad_words_ids": [[900]]}), "none") == (
+        GenerationFields()
+    )
+    with pytest.raises(ModelFilesError, match="eos_token_id"):
+        read_generation_config(model_with({"eos_token_id": "2"}), "none")
 
 
 UNSERVED: dict[str, Any] = {
