@@ -40,8 +40,10 @@ class ModelShape:
     """What an artefact is validated against. The server makes it from the loaded model.
 
     `dtype` is the dtype the model computes in: values must stay finite after a cast to it. An encoder-decoder has
-    `num_encoder_layers`; its heads are the same everywhere. `num_kv_heads` and `head_dim` are those of the layer with
-    the widest keys; `layers` has each decoder layer's own, and is empty where all are alike and see all.
+    `num_encoder_layers`; its heads are the same everywhere. `num_kv_heads` and `head_dim` are
+    those of the layer with the widest keys. A model whose cache holds something else than its keys and values
+    (`takes_keys` is false) has no KV prefixes. `layers` has each decoder layer's own measures, and is empty where all
+    are alike and see all.
     """
 
     num_layers: int
@@ -58,6 +60,7 @@ class ModelShape:
     num_encoder_layers: int = 0
     layers: tuple[LayerShape, ...] = ()
     reads: Reads = "either"
+    takes_keys: bool = True
 
     @property
     def is_encoder_decoder(self) -> bool:

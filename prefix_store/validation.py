@@ -22,6 +22,11 @@ def validate(prefix: Prefix, shape: ModelShape) -> None:
         check_rank("embeddings", prefix.embeddings, 2, "[num_virtual_tokens, hidden_size]")
         _check_size("embeddings", "hidden_size", prefix.embeddings.shape[1], shape.hidden_size)
         check_values("embeddings", prefix.embeddings, shape.dtype)
+    elif not shape.takes_keys:
+        raise InvalidArtefactError(
+            f"{shape.model_name} keeps one compressed vector a token in place of keys and values: expected a soft "
+            "prompt, got a KV prefix"
+        )
     for part, layers in prefix.parts():
         _check_layers(f"{part}." if prefix.is_seq2seq else "", layers, shape, encoder=part == "encoder")
     limit = min(shape.max_virtual_tokens, shape.max_positions - 2)

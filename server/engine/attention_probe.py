@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ KNOWN = ("softcap", "s_aux", "position_bias", "position_ids", "cache_position", 
 @dataclass(frozen=True, eq=False)
 class Handed:
     """One call of a layer's attention. Tensors are `[1, heads, tokens, dim]`; `mask` is a MaskRule, what the model made
-    of one, or None. `unknown` names arguments that our attention would ignore."""
+    of one, or None. `unknown` names arguments that our attention would ignore. `is_cached`: the layer's cache, or
+    another layer's, holds these very keys and values."""
 
     module: Any
     query: torch.Tensor
@@ -35,6 +36,7 @@ class Handed:
     value: torch.Tensor
     mask: object
     unknown: tuple[str, ...]
+    is_cached: bool = True
 
     @property
     def layer(self) -> int:
@@ -65,9 +67,14 @@ class ClaimedCache(DynamicCache):
     def __init__(self, num_tokens: int) -> None:
         super().__init__()
         self.num_tokens = num_tokens
+        self.taken: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.taken.append((key_states, value_states))
         return key_states, value_states
+
+    def holds(self, handed: Handed) -> bool:
+        return any(_is_same(key, handed.key) and _is_same(value, handed.value) for key, value in self.taken)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_tokens
@@ -113,19 +120,20 @@ def recording(model: Any) -> Iterator[list[Handed]]:
 
 @torch.inference_mode()
 def ask(model: Any, position: int) -> list[Handed]:
-    """What a decoder-only model hands on for tokens from `position` on."""
+    """What a decoder-only model hands on for tokens from `position` on, behind a text that is only claimed."""
     ids = _ids(model)
     inputs = {"input_ids": ids}
     if ids.is_meta:  # where families look into ids there are none
         inputs = {"inputs_embeds": model.get_input_embeddings()(ids)}
+    cache = ClaimedCache(position)
     with recording(model) as calls:
         model(
             **inputs,
             position_ids=torch.arange(position, position + NUM_TOKENS, device=model.device)[None],
-            past_key_values=ClaimedCache(position),
+            past_key_values=cache if position else None,
             logits_to_keep=torch.arange(NUM_TOKENS, device=model.device),
         )
-    return calls
+    return [replace(handed, is_cached=cache.holds(handed)) for handed in calls]
 
 
 @torch.inference_mode()
@@ -141,6 +149,10 @@ def probed_ids(model: Any) -> list[int]:
     """Three tokens that are no special ones."""
     middle = model.get_input_embeddings().num_embeddings // 2
     return [middle + i for i in range(NUM_TOKENS)]
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.shape == other.shape and (one.is_meta or torch.equal(one, other)))
 
 
 def _ids(model: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from prefix_store.prefix import LayerShape, ModelShape, Reads
 from server.engine.attention_probe import NUM_TOKENS as NUM_PROBED_TOKENS
-from server.engine.attention_probe import ask, ask_seq2seq, probed_ids, reach_of, recording
+from server.engine.attention_probe import Handed, ask, ask_seq2seq, probed_ids, reach_of, recording
 from server.engine.errors import ModelRefusedError, one_line
 from server.engine.reach import WHOLE
 
@@ -32,7 +32,8 @@ def measure_shape(
         max_positions = getattr(config, "n_positions", MAX_RELATIVE_POSITIONS)  # T5 has biases of distances
     has_end = max_positions is not None
     max_positions = int(min(max_positions or MAX_RELATIVE_POSITIONS, _max_even_positions(config)))
-    layers = _measure_layers(model, max_positions)
+    calls = _ask(model, max_positions - NUM_PROBED_TOKENS)
+    layers = _measure_layers(model, calls, max_positions - NUM_PROBED_TOKENS)
     if not has_end:
         raise ModelRefusedError("its config names no largest position")
     widest = max(layers, key=lambda layer: layer.key_dim)
@@ -43,6 +44,7 @@ def measure_shape(
         num_kv_heads=widest.num_kv_heads,
         head_dim=widest.key_dim,
         reads=_measure_reads(model),
+        takes_keys=is_seq2seq or all(handed.is_cached for handed in calls),
         layers=() if is_uniform and widest.key_dim == widest.value_dim and widest.sees_all else tuple(layers),
         hidden_size=model.get_input_embeddings().embedding_dim,
         vocab_size=model.get_input_embeddings().num_embeddings,
@@ -55,15 +57,23 @@ def measure_shape(
     )
 
 
-def _measure_layers(model: Any, max_positions: int) -> list[LayerShape]:
-    """Of each decoder layer, from what it hands to its attention. Raises ModelRefusedError."""
-    position = max_positions - NUM_PROBED_TOKENS
+def _ask(model: Any, position: int) -> list[Handed]:
+    """What its layers hand to their attention. Raises ModelRefusedError."""
     try:
-        calls = ask_seq2seq(model) if model.config.is_encoder_decoder else ask(model, position)
+        calls = ask_seq2seq(model) if model.config.is_encoder_decoder else ask(model, 0)
+        if not calls:
+            raise ModelRefusedError("it has attention of its own, which cannot be replaced")
+        if not model.config.is_encoder_decoder:
+            calls = ask(model, position)
+    except ModelRefusedError:
+        raise
     except Exception as error:  # a family's own, about masks, caches and inputs that it makes something else of
         raise ModelRefusedError(_why_unanswered(model, error)) from error
-    if not calls:
-        raise ModelRefusedError("it has attention of its own, which cannot be replaced")
+    return calls
+
+
+def _measure_layers(model: Any, calls: list[Handed], position: int) -> list[LayerShape]:
+    """Of each decoder layer. Raises ModelRefusedError for layers that packed rows cannot serve."""
     if unknown := {name for handed in calls for name in handed.unknown}:
         raise ModelRefusedError(f"its attention depends on {', '.join(sorted(unknown))}, which packed rows do not have")
     reaches = [reach_of(handed, position) for handed in calls]
