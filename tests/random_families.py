@@ -22,10 +22,10 @@ from transformers.models.auto.modeling_auto import (
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import ModelShape, Prefix
-from server.engine.checked_model import checked_model
+from server.engine.checked_model import FAMILIES, checked_model
 from server.engine.errors import ModelRefusedError, one_line
 from server.engine.model_runner import model_class
-from tests.cases import Case, run_ours, wrong
+from tests.cases import Case, World
 
 VOCAB, HIDDEN, NUM_LAYERS, POSITIONS, WINDOW = 120, 64, 4, 256, 12
 NUM_TOKENS = 24
@@ -34,6 +34,11 @@ PROMPT_LENGTHS = (3, 9, 17, 30)
 NUM_VIRTUAL_TOKENS = {"kv": 7, "soft": 5}
 GAINS = ((1.5, 0.5), (3.0, 0.05), (6.0, 0.02), (1.0, 1.0))  # of random weights and of embeddings, until answers vary
 SEEDS = (0, 1)
+WAYS: dict[str, dict[str, Any]] = {
+    "mixed": {"stagger": 20},
+    "staggered": {"stagger": 1},
+    "alone": {"stagger": 1, "max_rows": 1},
+}
 # Measures by the names that configurations have for them.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "dim"), HIDDEN),
@@ -264,47 +269,50 @@ class Verdict:
     tried: tuple[str, ...] = ()
 
 
-def judge(family: Family, folder: Path) -> Verdict:
-    """Through the server's own start, then every request against PEFT's answer to it alone."""
+class UntriedError(Exception):
+    """No tiny model of the family can be made here."""
+
+
+def make_world(family: Family, folder: Path) -> tuple[World, References]:
+    """A tiny model of the family, started as the server starts it, and PEFT's answers, of the first weights that tell
+    prefixes apart. Raises ModelRefusedError, UntriedError."""
+    kind: Any = AutoModelForSeq2SeqLM if family.is_seq2seq else AutoModelForCausalLM
     try:
         config = tiny_config(family.model_type)
-    except Exception as error:  # a configuration wants what SIZES and MORE do not give
-        return Verdict(family, "untried", f"no tiny configuration: {one_line(error)}")
-    config.save_pretrained(folder)
-    try:
+        config.save_pretrained(folder)
         model_class(AutoConfig.from_pretrained(folder))
-    except ModelRefusedError as error:
-        return Verdict(family, "refused", str(error))
-    try:
-        kind: Any = AutoModelForSeq2SeqLM if family.is_seq2seq else AutoModelForCausalLM
         with torch.device("meta"):
             num_weights = sum(weight.numel() for weight in kind.from_config(config).parameters())
-    except Exception as error:
-        return Verdict(family, "untried", f"no tiny model: {one_line(error)}")
+    except ModelRefusedError as error:
+        raise ModelRefusedError(f"{family.model_type} cannot be served: {error}") from error
+    except Exception as error:  # a configuration wants what SIZES and MORE do not give, or a package
+        raise UntriedError(f"no tiny model: {one_line(error)}") from error
     if num_weights > MAX_WEIGHTS:
-        return Verdict(family, "untried", f"its smallest configuration here has {num_weights:,} weights")
-    reference = None
+        raise UntriedError(f"its smallest configuration here has {num_weights:,} weights")
+    found = None
     for gain, seed in itertools.product(GAINS, SEEDS):
         random_model(family, config, gain, seed).save_pretrained(folder)
-        if reference is None:
-            try:
-                checked = checked_model(folder, torch.float32, torch.device("cpu"), name="tiny", fingerprint="none")
-            except ModelRefusedError as error:
-                return Verdict(family, "refused", str(error))
-        found = references(kind.from_pretrained(folder).eval(), family, folder, checked.shape)
-        if reference is None or found.num_distinct > reference.num_distinct:
-            reference, best = found, (gain, seed)
-        if reference.is_telling:
+        checked = checked_model(folder, torch.float32, torch.device("cpu"), name="tiny", fingerprint="none")
+        asked = references(kind.from_pretrained(folder).eval(), family, folder, checked.shape)
+        if found is None or asked.num_distinct > found[1].num_distinct:
+            found = World(checked.model, checked.shape, asked.prefixes, asked.cases, checked.kernels), asked
+        if asked.is_telling:
             break
-    random_model(family, config, *best).save_pretrained(folder)
-    checked = checked_model(folder, torch.float32, torch.device("cpu"), name="tiny", fingerprint="none")
-    ways = {"mixed": {"stagger": 20}, "staggered": {"stagger": 1}, "alone": {"stagger": 1, "max_rows": 1}}
-    errors = []
-    for way, options in ways.items():
-        answers = run_ours(checked.model, checked.shape, reference.cases, reference.prefixes, **options)
-        errors += [f"{way}: {error}" for error in wrong(reference.cases, answers)]
-    tried = tuple(sorted({case.name.split()[0] for case in reference.cases}))
-    note = "" if reference.is_telling else f"only {reference.num_distinct} distinct tokens; "
+    assert found is not None
+    return found
+
+
+def judge(family: Family, folder: Path) -> Verdict:
+    """Every request against PEFT's answer to it alone."""
+    try:
+        world, asked = make_world(family, folder)
+    except UntriedError as error:
+        return Verdict(family, "untried", str(error))
+    except ModelRefusedError as error:
+        return Verdict(family, "refused", str(error).removesuffix(f"; {FAMILIES}"))
+    errors = [f"{way}: {error}" for way, options in WAYS.items() for error in world.answers(**options)]
+    tried = tuple(sorted({case.name.split()[0] for case in asked.cases}))
+    note = "" if asked.is_telling else f"only {asked.num_distinct} distinct tokens; "
     if errors:
         return Verdict(family, "wrong", note + "; ".join(errors[:4]) + f" ({len(errors)} in all)", tried)
-    return Verdict(family, "served", note + reference.note, tried)
+    return Verdict(family, "served", note + asked.note, tried)
