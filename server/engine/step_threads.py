@@ -79,7 +79,7 @@ class StepThreads:
             return None
         try:
             return Reading(time.monotonic(), _waited_s(), _idle_s())
-        except (OSError, ValueError, IndexError):
+        except (OSError, ValueError):
             return None
 
 
