@@ -38,8 +38,8 @@ class ThreadCount:
         self._num_windows += 1
         if self._was_added and self._num_windows > SETTLED_WINDOWS:
             self._patience = 1
-        # With one thread fewer a step takes less than n / (n - 1) times as long, as n threads are not n times as fast.
-        if self.num_threads > 1 and window.waiting > 1 / (self.num_threads + 1):
+        # With one of n threads fewer a step takes n / (n - 1) times as long at most: as long as with 1 / n waiting.
+        if self.num_threads > 1 and window.waiting > 1 / self.num_threads:
             if self._was_added and self._num_windows <= SETTLED_WINDOWS:
                 self._patience = min(2 * self._patience, MAX_PATIENCE)
             self._change(-max(1, int(window.waiting)))

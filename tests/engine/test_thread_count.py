@@ -28,7 +28,7 @@ def test_calm_windows_keep_all_threads() -> None:
 
 
 def test_short_waits_as_of_the_servers_own_threads_keep_all_threads() -> None:
-    assert after(ThreadCount(2), *[Window(waiting=0.3, spare=0.0)] * 100) == 2
+    assert after(ThreadCount(2), *[Window(waiting=0.45, spare=0.0)] * 100) == 2
 
 
 def test_one_thread_stays_while_no_core_is_free() -> None:
