@@ -106,14 +106,14 @@ def compete(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="names, with commas")
-    parser.add_argument("--all", action="store_true", help="limit.py, budgets.py and growth.py as well")
+    parser.add_argument("--all", action="store_true", help="limit.py, budgets.py, busy.py and growth.py as well")
     arguments = options(parser, rounds=7)
     names = arguments.workloads.split(",")
     if unknown := set(names) - set(WORKLOADS):
         parser.error(f"expected workloads of {', '.join(WORKLOADS)}, got {', '.join(unknown)}")
     run_peers(Run.of("peers", arguments), names)
     if arguments.all:
-        for script in ("limit.py", "budgets.py", "growth.py", "quality.py"):
+        for script in ("limit.py", "budgets.py", "busy.py", "growth.py", "quality.py"):
             subprocess.run([sys.executable, str(Path(__file__).parent / script), *arguments.given], check=True)
 
 

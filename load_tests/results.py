@@ -22,7 +22,7 @@ from machine import Taken, taken_now
 from rich.console import Console
 from rich.table import Table
 
-PEERS, LIMIT, BUDGETS, GROWTH, QUALITY = "peers", "limit", "budgets", "growth", "quality"
+PEERS, LIMIT, BUDGETS, BUSY, GROWTH, QUALITY = "peers", "limit", "budgets", "busy", "growth", "quality"
 OURS, REORDERED = "prefixserve", "reordered"
 INTROS = {
     PEERS: (
@@ -38,6 +38,11 @@ INTROS = {
         "reordered products are.",
     ),
     BUDGETS: ("What the budgets are read from", "Each pair in turn, round by round; medians with the range."),
+    BUSY: (
+        "Beside busy processes",
+        "Tokens a second of model steps at context 64, alone and beside processes that compute without end: with the "
+        "threads of a step adapted, as the server does, and fixed at all cores. Medians with the range.",
+    ),
     GROWTH: ("Growth", "Tokens a second over HTTP, 32 in and 32 out; medians with the range."),
     QUALITY: (
         "Quality in 8 bits",

@@ -35,7 +35,7 @@ NUM_VIRTUAL_TOKENS = {"kv": 7, "soft": 5}
 GAINS = ((1.5, 0.5), (3.0, 0.05), (6.0, 0.02), (1.0, 1.0))  # of random weights and of embeddings, until answers vary
 SEEDS = (0, 1)
 WAYS: dict[str, dict[str, Any]] = {
-    "mixed": {"stagger": 20},
+    "mixed": {"stagger": 20, "max_step_tokens": 512},
     "staggered": {"stagger": 1},
     "alone": {"stagger": 1, "max_rows": 1},
 }
@@ -238,6 +238,7 @@ def references(model: Any, family: Family, folder: Path, shape: ModelShape) -> R
             notes.append(f"{name} refused: {error}")
             continue
         cases += found
+    cases.sort(key=lambda case: len(case.prompt))  # kinds by turns
     return References(prefixes, cases, "; ".join(notes))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -158,13 +158,20 @@ def make_prefixes(shape: ModelShape) -> dict[str, Prefix]:
     }
 
 
-def run(engine: Engine, sequences: Iterable[Sequence], *, stagger: int = 0) -> list[list[int]]:
+def run(
+    engine: Engine,
+    sequences: Iterable[Sequence],
+    *,
+    stagger: int = 0,
+    before_step: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
     sequences = list(sequences)
     arriving = list(sequences)
     while arriving or engine.has_work:
         for sequence in arriving[: stagger or None]:
             engine.add(sequence)
         arriving = arriving[stagger:] if stagger else []
+        before_step()
         for output in engine.step():
             assert output.error is None
         engine.check_integrity()
@@ -188,6 +195,20 @@ def test_a_mixed_batch_gives_the_tokens_of_rows_alone(world: World, alone: list[
     again = world.sequences()
     assert run(engine, again, stagger=stagger) == alone  # warm, the text too
     assert any(sequence.num_cached_tokens for sequence in again) != world.shape.is_encoder_decoder
+
+
+def test_steps_on_other_numbers_of_threads_give_the_same_tokens(world: World, alone: list[list[int]]) -> None:
+    choose = random.Random(5)
+    try:
+        found = run(
+            world.engine(),
+            world.sequences(),
+            stagger=5,
+            before_step=lambda: torch.set_num_threads(choose.choice((1, 2))),
+        )
+    finally:
+        torch.set_num_threads(1)
+    assert found == alone
 
 
 def test_text_that_comes_again_gives_the_tokens_of_a_cold_start(world: World) -> None:

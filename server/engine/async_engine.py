@@ -24,6 +24,7 @@ from server.engine.request_metrics import RequestMetrics
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
+from server.engine.step_threads import StepThreads
 from server.engine.tenant_policy import TenantPolicy
 from server.engine.threads import workers
 from server.metrics import Metrics
@@ -270,6 +271,7 @@ class AsyncEngine:
     def _run(self) -> None:
         """The thread: take calls, step, hand the outputs over once a step."""
         assert self._loop is not None
+        threads = StepThreads()
         while True:
             self._beat_s = time.monotonic()
             try:
@@ -285,11 +287,13 @@ class AsyncEngine:
                 return
             except queue.Empty:
                 pass
+            start_s = time.monotonic()
             try:
                 outputs = self._engine.step()
             except Exception as error:  # the loop must outlive any fault; all rows it may concern are failed
                 log.exception("step_failed")
                 outputs = self._engine.fail_all(GenerationError(f"the step failed: {error}"))
+            threads.after_step(time.monotonic() - start_s)
             if outputs:
                 self._loop.call_soon_threadsafe(self._deliver, outputs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from server.engine.reach import WHOLE
 MAX_RELATIVE_POSITIONS = 4096  # of a model whose positions have no end of their own
 STATEFUL = ("Mamba", "Mixer", "ShortConv", "Delta", "Recurrent", "LinearAttention", "Lightning", "KDA", "LSTM")
 RECURRENT = "it has recurrent or convolution layers, whose state would pass from one packed row to the next"
+OWN_ATTENTION = "it has attention of its own, which cannot be replaced"
 log = structlog.get_logger()
 
 
@@ -62,7 +64,7 @@ def _ask(model: Any, position: int) -> list[Handed]:
     try:
         calls = ask_seq2seq(model) if model.config.is_encoder_decoder else ask(model, 0)
         if not calls:
-            raise ModelRefusedError("it has attention of its own, which cannot be replaced")
+            raise ModelRefusedError(OWN_ATTENTION)
         if not model.config.is_encoder_decoder:
             calls = ask(model, position)
     except ModelRefusedError:
@@ -102,6 +104,8 @@ def _why_unanswered(model: Any, error: Exception) -> str:
         return "its attention picks keys by their content (a sparse indexer), which packed rows do not have"
     if _has_module(model, *STATEFUL):
         return RECURRENT
+    if not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        return OWN_ATTENTION
     if "MaskRule" in str(error):
         return "its layers make masks of their own, which packed rows do not have"
     return f"its layers cannot be asked what they attend to ({one_line(error)})"
