@@ -19,6 +19,8 @@ class PackedPositions(torch.nn.Module):
         super().__init__()
         self._own = embedding
         self._offset = int(getattr(embedding, "offset", 0))
+        if hasattr(embedding, "create_position_ids_from_input_ids"):  # its first position is the padding token's
+            self._offset = int(embedding.padding_idx) + 1
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         batch = current_batch.get(None)

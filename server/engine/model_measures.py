@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 import torch
+from transformers import DynamicCache
 
 from prefix_store.prefix import LayerShape, ModelShape, Reads
 from server.engine.attention_probe import NUM_TOKENS as NUM_PROBED_TOKENS
@@ -91,6 +92,7 @@ def _measure_layers(model: Any, calls: list[Handed], position: int) -> list[Laye
             source = sources.setdefault(id(handed.key), handed.layer)
             value_dim = handed.value.shape[3]
             found[handed.layer] = LayerShape(num_kv_heads, key_dim, value_dim, source, reach.window, reach.chunk)
+    _check_cache(model, list(found.values()), position + NUM_PROBED_TOKENS)
     num_layers = _num_decoder_layers(model.config)
     if not found:
         raise ModelRefusedError("its attention is not causal: a token sees those after it")
@@ -99,10 +101,22 @@ def _measure_layers(model: Any, calls: list[Handed], position: int) -> list[Laye
     return [found[index] for index in range(num_layers)]
 
 
+def _check_cache(model: Any, layers: list[LayerShape], max_positions: int) -> None:
+    """Raises ModelRefusedError where the model's own cache forgets keys that its masks still show (Moshi): then what a
+    token sees depends on whether the text came at once."""
+    if model.config.is_encoder_decoder:
+        return
+    for index, (layer, cached) in enumerate(zip(layers, DynamicCache(config=model.config).layers, strict=False)):
+        kept = getattr(cached, "sliding_window", None)
+        seen = layer.window or layer.chunk
+        if kept is not None and min(seen or max_positions, max_positions) > kept:
+            raise ModelRefusedError(f"layer {index} keeps {kept} tokens in its cache and masks none of those before")
+
+
 def _why_unanswered(model: Any, error: Exception) -> str:
     if _has_module(model, "Indexer"):
         return "its attention picks keys by their content (a sparse indexer), which packed rows do not have"
-    if _has_module(model, *STATEFUL):
+    if _has_module(model, *STATEFUL) or isinstance(error, IndexError):  # a cache has no layers of their kind
         return RECURRENT
     if not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
         return OWN_ATTENTION
