@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from prefix_store.prefix import Layers, ModelShape, Prefix
 from server.engine.attention_probe import NUM_TOKENS as NUM_PROBED_TOKENS
@@ -41,7 +43,7 @@ class Text:
 
 @torch.inference_mode()
 def self_check(model: Any, shape: ModelShape, kernels: CpuKernels | None = None, *, is_quantized: bool = False) -> None:
-    """Three packed rows, a bare one, one behind random keys and values, one behind a random soft prompt, against each
+    """Three packed rows, a bare one, one behind keys and values, one behind a soft prompt, against each
     alone and in two steps, and each against the model's own eager attention. Every token's logits count. Far into a
     text, what packed rows hand to their attention must be what the model hands on by itself.
 
@@ -55,7 +57,7 @@ def self_check(model: Any, shape: ModelShape, kernels: CpuKernels | None = None,
     soft, bare, behind = (Text(tokens(n), tokens(n)) for n in PROMPT_TOKENS)
     soft, behind = replace(soft, prefix="soft"), replace(behind, prefix="kv")
     try:
-        rows = _Rows(model, shape, _random_prefixes(shape, generator), kernels)
+        rows = _Rows(model, shape, _prefixes(model, shape, tokens(NUM_VIRTUAL_TOKENS), generator), kernels)
         texts = [text for text in (soft, bare, behind) if text.prefix is None or text.prefix in rows.prefixes]
         alone = {text.prefix: rows.logits([text]) for text in texts}
         together = rows.logits(texts)
@@ -92,28 +94,50 @@ def self_check(model: Any, shape: ModelShape, kernels: CpuKernels | None = None,
         raise ModelRefusedError("a prefix makes no difference to its answers")
 
 
-def _random_prefixes(shape: ModelShape, generator: torch.Generator) -> dict[str, Prefix]:
-    """KV for every attention that the model has, and, where it takes them, embeddings."""
-
-    def layers(indices: Iterable[int]) -> Layers:
-        found = {}
-        for index in indices:
-            layer = shape.layer(index)
-            key, value = (
-                torch.randn(layer.num_kv_heads, NUM_VIRTUAL_TOKENS, dim, generator=generator)
-                for dim in (layer.key_dim, layer.value_dim)
-            )
-            found[index] = (key, value)
-        return found
-
-    is_seq2seq = shape.is_encoder_decoder
-    own = layers(shape.kv_layers) if shape.takes_keys else {}
-    encoder, cross = (layers(range(shape.num_encoder_layers)), layers(shape.kv_layers)) if is_seq2seq else ({}, {})
-    found = {"kv": Prefix("kv", own, encoder=encoder, cross=cross, is_seq2seq=is_seq2seq)} if own else {}
+def _prefixes(model: Any, shape: ModelShape, text: list[int], generator: torch.Generator) -> dict[str, Prefix]:
+    """Keys and values for every attention of the model, and, where it takes them, embeddings."""
+    found = {}
+    if shape.is_encoder_decoder:
+        encoder = _random_layers(shape, shape.num_encoder_layers, generator)
+        decoder, cross = (_random_layers(shape, shape.num_layers, generator) for _ in range(2))
+        found["kv"] = Prefix("kv", decoder, encoder=encoder, cross=cross, is_seq2seq=True)
+    elif shape.takes_keys:
+        found["kv"] = Prefix("kv", _layers_of_text(model, text))
     if shape.reads != "ids":
-        embeddings = torch.randn(NUM_VIRTUAL_TOKENS, shape.hidden_size, generator=generator)
-        found["soft"] = Prefix("soft", embeddings=embeddings, is_seq2seq=is_seq2seq)
+        stack = model.get_encoder() if shape.is_encoder_decoder else model
+        embedded = stack.get_input_embeddings()(torch.tensor(text, device=model.device)).cpu()
+        embeddings = (embedded + embedded.roll(1, 0)) / 2  # no token's, and of the size of theirs
+        found["soft"] = Prefix("soft", embeddings=embeddings, is_seq2seq=shape.is_encoder_decoder)
     return found
+
+
+def _random_layers(shape: ModelShape, num_layers: int, generator: torch.Generator) -> Layers:
+    size = (num_layers, 2, shape.num_kv_heads, NUM_VIRTUAL_TOKENS, shape.head_dim)
+    kv = torch.randn(size, generator=generator)
+    return {i: (kv[i, 0], kv[i, 1]) for i in range(num_layers)}
+
+
+def _layers_of_text(model: Any, text: list[int]) -> Layers:
+    """What the model's own cache holds after a text: random keys lead a model to where every rounding shows."""
+    cache = DynamicCache()
+    with _own_attention(model):
+        model(input_ids=torch.tensor([text], device=model.device), past_key_values=cache, use_cache=True)
+    found = {}
+    for index, layer in enumerate(cache.layers):
+        assert isinstance(layer, DynamicLayer)
+        if layer.keys is not None and layer.values is not None:  # None: it reads another layer's
+            found[index] = (layer.keys[0].cpu(), layer.values[0].cpu())
+    return found
+
+
+@contextmanager
+def _own_attention(model: Any) -> Iterator[None]:
+    ours = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ours)
 
 
 class _Rows:
@@ -195,12 +219,8 @@ def _own_logits(model: Any, shape: ModelShape, text: Text, prefixes: dict[str, P
         inputs["position_ids"] = torch.arange(NUM_VIRTUAL_TOKENS, num_tokens, device=model.device)[None]
     if shape.is_encoder_decoder:
         inputs["decoder_input_ids"] = text_ids
-    ours = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
+    with _own_attention(model):
         output = model(**inputs, use_cache="past_key_values" in inputs)
-    finally:
-        model.set_attn_implementation(ours)
     logits: torch.Tensor = output.logits[0, num_virtual_tokens:]
     return logits
 
