@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -13,11 +14,14 @@ from prefix_store.errors import BaseMismatchError, InvalidArtefactError
 from prefix_store.local_files import read_path
 from prefix_store.prefix import PARTS, Layout, ModelShape, Prefix
 from server.config import Settings
+from server.engine.errors import ModelRefusedError
 from server.engine.kv_blocks import block_bytes, prefix_blocks
 from server.engine.model_measures import measure_shape
 from server.engine.model_runner import model_class, native_dtype
 from server.model_files import find_model, fingerprint
 from server.start import DEFAULT_PREFIX_BYTES
+
+SMALL_BYTES = 2**20  # below which an allocator gives memory that was used before
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,28 @@ def model_shape(settings: Settings) -> ModelShape:
     """The measures of the model that `settings` would serve, from its config alone. Raises ModelFilesError."""
     files = find_model(settings.model, settings.model_revision)
     config = AutoConfig.from_pretrained(files.path)
+    try:
+        return measure_shape(
+            _hollow_model(config, native_dtype(settings.dtype, torch.device("cpu"))),
+            settings.model_name or files.name,
+            fingerprint(files.path),
+            settings.model_alias,
+            settings.max_virtual_tokens,
+        )
+    except ModelRefusedError as error:
+        raise ModelRefusedError(f"{config.model_type} cannot be served: {error}") from error
+
+
+def _hollow_model(config: Any, dtype: torch.dtype) -> Any:
+    """A model that answers questions about its measures. Its weights are memory that nobody has written, so it takes
+    none of the machine's, whatever its size."""
     with torch.device("meta"):
-        empty = model_class(config).from_config(config, dtype=native_dtype(settings.dtype, torch.device("cpu")))
-    return measure_shape(
-        empty,
-        settings.model_name or files.name,
-        fingerprint(files.path),
-        settings.model_alias,
-        settings.max_virtual_tokens,
-    )
+        model = model_class(config).from_config(config, dtype=dtype)
+    model = model.to_empty(device="cpu").eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.numel() * tensor.element_size() < SMALL_BYTES:  # which may be memory that was used before
+            tensor.data.zero_()
+    return model
 
 
 def inspect(

@@ -168,11 +168,12 @@ def reach_of(handed: Handed, position: int) -> Reach:
     if not isinstance(rule, MaskRule):
         raise ModelRefusedError(f"layer {handed.layer} makes a mask of its own, which packed rows do not have")
     num_keys = position + 1
-    keys = torch.arange(num_keys)[None]
+    device = torch.device("cpu") if handed.query.is_meta else handed.query.device
+    keys = torch.arange(num_keys, device=device)[None]
 
     def first(query: int) -> int:
         """The first key that a query sees."""
-        return int(rule.sees(torch.tensor([query]), num_keys)[0].int().argmax())
+        return int(rule.sees(torch.tensor([query], device=device), num_keys)[0].int().argmax())
 
     start = first(position)
     if start == 0:
@@ -183,8 +184,10 @@ def reach_of(handed: Handed, position: int) -> Reach:
         reach = Reach(chunk=start - first(start - 1))
     size = reach.window or reach.chunk or 1
     near = (0, 1, size - 1, size, size + 1, position // 2, position - size, position - 1, position)
-    queries = torch.tensor(sorted({query for query in near if 0 <= query <= position}))
-    expected = reach.sees(queries[:, None], keys) if handed.module.is_causal else torch.ones(len(queries), num_keys)
-    if not torch.equal(rule.sees(queries, num_keys), expected.bool()):
+    queries = torch.tensor(sorted({query for query in near if 0 <= query <= position}), device=device)
+    expected = reach.sees(queries[:, None], keys)
+    if not handed.module.is_causal:
+        expected = torch.ones_like(expected)
+    if not torch.equal(rule.sees(queries, num_keys), expected):
         raise ModelRefusedError(f"layer {handed.layer} sees keys that are neither of a window nor of a chunk")
     return reach

@@ -57,11 +57,11 @@ def checked_model(
         family = AutoConfig.from_pretrained(path).model_type
         try:
             return attempt(is_fast=True)
-        except ModelRefusedError as error:
+        except Exception as error:  # also where a family's modules are not what a kernel's probe expects
             if quantizes:
                 raise
             checked = attempt(is_fast=False)
-            log.warning("model_keeps_its_modules", reason=str(error))
+            log.warning("model_keeps_its_modules", reason=one_line(error))
             return checked
     except ModelRefusedError as error:
         raise ModelRefusedError(f"{family} cannot be served: {error}; {FAMILIES}") from error

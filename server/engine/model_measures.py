@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import structlog
 import torch
 from transformers import DynamicCache
 
@@ -21,7 +20,6 @@ MAX_RELATIVE_POSITIONS = 4096  # of a model whose positions have no end of their
 STATEFUL = ("Mamba", "Mixer", "ShortConv", "Delta", "Recurrent", "LinearAttention", "Lightning", "KDA", "LSTM")
 RECURRENT = "it has recurrent or convolution layers, whose state would pass from one packed row to the next"
 OWN_ATTENTION = "it has attention of its own, which cannot be replaced"
-log = structlog.get_logger()
 
 
 def measure_shape(
@@ -88,6 +86,10 @@ def _measure_layers(model: Any, calls: list[Handed], position: int) -> list[Laye
     sources: dict[int, int] = {}  # the first layer that handed on a tensor of keys
     for handed, reach in zip(calls, reaches, strict=True):
         if handed.module.is_causal:
+            if handed.layer in found:
+                raise ModelRefusedError(
+                    f"layer {handed.layer} attends more than once, over values of its own each time"
+                )
             _, num_kv_heads, _, key_dim = handed.key.shape
             source = sources.setdefault(id(handed.key), handed.layer)
             value_dim = handed.value.shape[3]
@@ -155,8 +157,7 @@ def _measure_reads(model: Any) -> Reads:
         with recording(model):
             by_embeddings = stack(inputs_embeds=embedded, **more)[0]
             stack(inputs_embeds=embedded + 0.5, **more)  # which no token has
-    except Exception as error:  # of a family that wants ids, in words of its own
-        log.warning("model_takes_no_soft_prompts", reason=one_line(error))
+    except Exception:  # of a family that wants ids, in words of its own
         return "ids"
     return "either" if torch.equal(by_ids, by_embeddings) else "each"
 
