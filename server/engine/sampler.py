@@ -45,7 +45,7 @@ def sample(
         if token_id is None:
             samples.append(Sample(None))
             continue
-        if params.do_sample or params.shapes_logits:
+        if params.do_sample or (params.shapes_logits and not _stays_best(token_id, sequence, eos_token_ids)):
             eos = [i for i in eos_token_ids if not params.ignore_eos and 0 <= i < logits.shape[1]]
             scores = logits[row].float()
             shaped = params.rules.shape(scores, sequence, torch.tensor(eos, dtype=torch.long))
@@ -70,6 +70,14 @@ def _best(logits: torch.Tensor, kernels: CpuKernels | None) -> list[int | None]:
     best, best_ids = logits.max(-1)  # a NaN or an infinity in a row is its maximum
     pairs = zip(best_ids.tolist(), torch.isfinite(best).tolist(), strict=True)
     return [token_id if is_finite else None for token_id, is_finite in pairs]
+
+
+def _stays_best(token_id: int, sequence: Sequence, eos_token_ids: Collection[int]) -> bool:
+    """Whether the best token stays the best because only others are made less probable: a penalty is for tokens that
+    were in the text, a least length for EOS."""
+    params = sequence.sampling_params
+    only_lowers = params.rules.are_none and params.repetition_penalty >= 1.0
+    return only_lowers and token_id not in eos_token_ids and not bool((sequence.text_ids == token_id).any())
 
 
 def _mean(logits: torch.Tensor, num_rows: list[int]) -> torch.Tensor:

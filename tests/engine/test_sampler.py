@@ -93,6 +93,20 @@ def test_a_penalty_counts_the_prompt_and_every_token_so_far() -> None:
     assert taken == [6, 7]
 
 
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.05, 4.0])
+@pytest.mark.parametrize("num_least", [None, 2])
+def test_a_best_token_that_stays_the_best_is_what_all_rules_choose(penalty: float, num_least: int | None) -> None:
+    """It is not looked for again where a penalty lowers others only."""
+    params = SamplingParams(max_new_tokens=4, repetition_penalty=penalty, min_new_tokens=num_least)
+    generator = torch.Generator().manual_seed(4)
+    eos = (5, 9)
+    for _ in range(300):
+        logits = torch.randn(1, 12, generator=generator).round(decimals=1)
+        sequence = sequence_of(1, params, tuple(torch.randint(0, 12, (3,), generator=generator).tolist()))
+        shaped = params.rules.shape(logits[0], sequence, torch.tensor(eos))
+        assert sample(logits, [sequence], eos_token_ids=eos)[0].token_id == int(shaped.argmax())
+
+
 def test_log_probabilities_of_sure_members_are_finite() -> None:
     """A difference of 200 in the logits is nothing as a probability and has no end as its logarithm."""
     logits = torch.full((2, VOCAB), -200.0)
