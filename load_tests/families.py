@@ -129,7 +129,8 @@ def page(verdicts: list[Verdict]) -> str:
         for verdict in verdicts:
             if verdict.family.is_seq2seq == is_seq2seq:
                 cells = ["yes" if kind in verdict.tried and verdict.kind == "served" else "" for kind in KINDS]
-                what = verdict.detail if verdict.kind == "served" else f"{verdict.kind}: {verdict.detail}"
+                reason = verdict.detail.partition(" cannot be served: ")[2] or verdict.detail
+                what = {"refused": reason, "untried": f"not tried: {reason}"}.get(verdict.kind, verdict.detail)
                 parts.append(f"| {verdict.family.model_type} | {' | '.join(cells)} | {what.replace('|', '/')} |\n")
         parts.append("\n")
     return "".join(parts).rstrip() + "\n"

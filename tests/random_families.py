@@ -31,6 +31,7 @@ VOCAB, HIDDEN, NUM_LAYERS, POSITIONS, WINDOW = 120, 64, 4, 256, 12
 NUM_TOKENS = 24
 MAX_WEIGHTS = 120_000_000
 PROMPT_LENGTHS = (3, 9, 17, 30)
+NAMES = {"kv": "KV prefix", "soft": "soft prompt"}
 NUM_VIRTUAL_TOKENS = {"kv": 7, "soft": 5}
 GAINS = ((1.5, 0.5), (3.0, 0.05), (6.0, 0.02), (1.0, 1.0))  # of random weights and of embeddings, until answers vary
 SEEDS = (0, 1)
@@ -231,13 +232,14 @@ def references(model: Any, family: Family, folder: Path, shape: ModelShape) -> R
             peft.eval().save_pretrained(folder / name)
             found = [_case(peft, name, prompt, name, family) for prompt in prompts]
         except Exception as error:  # PEFT's own
-            notes.append(f"PEFT makes no {name} for it ({one_line(error)})")
+            print(f"{family.label}: PEFT makes no {name}: {one_line(error)}")
+            notes.append(f"PEFT makes no {NAMES[name]} for it")
             continue
         files = ("adapter_config.json", "adapter_model.safetensors")
         try:
             prefixes[name] = read_peft(*((folder / name / file).read_bytes() for file in files), shape)
         except InvalidArtefactError as error:
-            notes.append(f"{name} refused: {error}")
+            notes.append(f"{NAMES[name]} refused: {error}")
             continue
         cases += found
     cases.sort(key=lambda case: len(case.prompt))  # kinds by turns
@@ -315,7 +317,7 @@ def judge(family: Family, folder: Path) -> Verdict:
         return Verdict(family, "refused", str(error).removesuffix(f"; {FAMILIES}"))
     errors = [f"{way}: {error}" for way, options in WAYS.items() for error in world.answers(**options)]
     tried = tuple(sorted({case.name.split()[0] for case in asked.cases}))
-    note = "" if asked.is_telling else f"only {asked.num_distinct} distinct tokens; "
+    note = "" if asked.is_telling else f"its random answers vary little ({asked.num_distinct} distinct tokens); "
     if errors:
         return Verdict(family, "wrong", note + "; ".join(errors[:4]) + f" ({len(errors)} in all)", tried)
-    return Verdict(family, "served", note + asked.note, tried)
+    return Verdict(family, "served", (note + asked.note).removesuffix("; "), tried)
