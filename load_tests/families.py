@@ -31,7 +31,9 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from server.engine.cpu_kernels import load_kernels
 from server.engine.errors import one_line
+from server.model_files import cache_dir
 from tests.random_families import Family, Verdict, families, judge
 
 TIMEOUT_S = 300.0  # for one family
@@ -113,7 +115,7 @@ def _judge_into(family: Family, pipe: Connection) -> None:
         redirect_stderr(nowhere),
     ):
         try:
-            verdict = judge(family, Path(folder))
+            verdict = judge(family, Path(folder), load_kernels(cache_dir() / "kernels"))
         except Exception as error:  # what no refusal caught
             verdict = Verdict(family, "failed", one_line(error))
     pipe.send(verdict)

@@ -14,14 +14,14 @@ from prefix_store.errors import BaseMismatchError, InvalidArtefactError
 from prefix_store.local_files import read_path
 from prefix_store.prefix import PARTS, Layout, ModelShape, Prefix
 from server.config import Settings
-from server.engine.errors import ModelRefusedError
+from server.engine.errors import ModelRefusedError, one_line
 from server.engine.kv_blocks import block_bytes, prefix_blocks
 from server.engine.model_measures import measure_shape
 from server.engine.model_runner import model_class, native_dtype
 from server.model_files import find_model, fingerprint
 from server.start import DEFAULT_PREFIX_BYTES
 
-SMALL_BYTES = 2**20  # below which an allocator gives memory that was used before
+SMALL_BYTES = 2**25  # below which an allocator gives memory that was used before
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class Inspection:
 
 
 def model_shape(settings: Settings) -> ModelShape:
-    """The measures of the model that `settings` would serve, from its config alone. Raises ModelFilesError."""
+    """The measures of the model that `settings` would serve, from its config alone.
+
+    Raises ModelFilesError, ModelRefusedError.
+    """
     files = find_model(settings.model, settings.model_revision)
     config = AutoConfig.from_pretrained(files.path)
     try:
@@ -58,6 +61,8 @@ def model_shape(settings: Settings) -> ModelShape:
         )
     except ModelRefusedError as error:
         raise ModelRefusedError(f"{config.model_type} cannot be served: {error}") from error
+    except Exception as error:  # a family's own code raises what it likes
+        raise ModelRefusedError(f"{config.model_type} cannot be measured: {one_line(error)}") from error
 
 
 def _hollow_model(config: Any, dtype: torch.dtype) -> Any:

@@ -22,7 +22,8 @@ from transformers.models.auto.modeling_auto import (
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import ModelShape, Prefix
-from server.engine.checked_model import FAMILIES, checked_model
+from server.engine.checked_model import FAMILIES, CheckedModel, checked_model
+from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError, one_line
 from server.engine.model_runner import model_class
 from tests.cases import Case, World
@@ -278,8 +279,13 @@ class UntriedError(Exception):
     """No tiny model of the family can be made here."""
 
 
-def make_world(family: Family, folder: Path) -> tuple[World, References]:
-    """A tiny model of the family, started as the server starts it, and PEFT's answers, of the first weights that tell
+def start(folder: Path, kernels: CpuKernels | None) -> CheckedModel:
+    """As the server starts a model, in fp32."""
+    return checked_model(folder, torch.float32, torch.device("cpu"), name="tiny", fingerprint="none", kernels=kernels)
+
+
+def make_world(family: Family, folder: Path, kernels: CpuKernels | None) -> tuple[World, References]:
+    """A tiny model of the family, saved in `folder` and started, and PEFT's answers, of the first weights that tell
     prefixes apart. Raises ModelRefusedError, UntriedError."""
     kind: Any = AutoModelForSeq2SeqLM if family.is_seq2seq else AutoModelForCausalLM
     try:
@@ -297,7 +303,7 @@ def make_world(family: Family, folder: Path) -> tuple[World, References]:
     found = None
     for gain, seed in itertools.product(GAINS, SEEDS):
         random_model(family, config, gain, seed).save_pretrained(folder)
-        checked = checked_model(folder, torch.float32, torch.device("cpu"), name="tiny", fingerprint="none")
+        checked = start(folder, kernels)
         asked = references(kind.from_pretrained(folder).eval(), family, folder, checked.shape)
         if found is None or asked.num_distinct > found[1].num_distinct:
             found = World(checked.model, checked.shape, asked.prefixes, asked.cases, checked.kernels), asked
@@ -307,10 +313,10 @@ def make_world(family: Family, folder: Path) -> tuple[World, References]:
     return found
 
 
-def judge(family: Family, folder: Path) -> Verdict:
+def judge(family: Family, folder: Path, kernels: CpuKernels | None) -> Verdict:
     """Every request against PEFT's answer to it alone."""
     try:
-        world, asked = make_world(family, folder)
+        world, asked = make_world(family, folder, kernels)
     except UntriedError as error:
         return Verdict(family, "untried", str(error))
     except ModelRefusedError as error:

@@ -7,10 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, MistralConfig
 
+from server.config import Settings
+from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError
-from tests.cases import World, run_ours, wrong
-from tests.random_families import WAYS, Family, make_world
+from server.engine.model_measures import measure_shape
+from server.inspection import model_shape
+from tests.byte_model import save_byte_model
+from tests.cases import Case, World, run_ours, wrong
+from tests.random_families import WAYS, Family, make_world, start, tiny_config
+from tests.tiny_models import COMMON, SMALL
 
 ALL = ("bare", "kv", "soft")
 SERVED: dict[Family, tuple[str, ...]] = {
@@ -40,22 +47,30 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module", params=list(SERVED), ids=lambda family: family.model_type)
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, World]:
-    world, asked = make_world(request.param, tmp_path_factory.mktemp(request.param.model_type))
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernels: CpuKernels
+) -> tuple[Family, World, World]:
+    """Computing with kernels and with the model's own modules."""
+    folder = tmp_path_factory.mktemp(request.param.model_type)
+    world, asked = make_world(request.param, folder, kernels)
     assert asked.is_telling, "answers must vary, and every prefix must change them"
-    return request.param, world
+    plain = start(folder, None)
+    return request.param, world, replace(world, model=plain.model, shape=plain.shape, kernels=None)
 
 
-def test_rows_of_every_kind_equal_peft_alone(served: tuple[Family, World]) -> None:
-    family, world = served
-    assert {case.name.split()[0] for case in world.cases} == set(SERVED[family])
-    for options in WAYS.values():
-        assert not world.answers(**options)
+def test_rows_of_every_kind_equal_peft_alone(served: tuple[Family, World, World]) -> None:
+    family, *worlds = served
+    for world in worlds:
+        assert {case.name.split()[0] for case in world.cases} == set(SERVED[family])
+        for options in WAYS.values():
+            assert not world.answers(**options)
 
 
-def test_what_the_model_was_asked_is_what_keeps_its_rows_right(served: tuple[Family, World]) -> None:
+def test_what_the_model_was_asked_is_what_keeps_its_rows_right(
+    served: tuple[Family, World, World],
+) -> None:
     """As if ids and embeddings were one, as if each layer had a cache and saw all."""
-    _, world = served
+    _, world, _ = served
     shape = world.shape
     layers = [replace(layer, source=index) for index, layer in enumerate(shape.layers)]
     whole = [replace(layer, window=None, chunk=None) for layer in shape.layers]
@@ -66,13 +81,49 @@ def test_what_the_model_was_asked_is_what_keeps_its_rows_right(served: tuple[Fam
     if layers != list(shape.layers):
         changed.append(replace(shape, layers=tuple(layers)))
     for other in changed:
-        answers = run_ours(world.model, other, world.cases, world.prefixes, **WAYS["mixed"])
+        answers = run_ours(world.model, other, world.cases, world.prefixes, kernels=world.kernels, **WAYS["mixed"])
         assert wrong(world.cases, answers)
 
 
+def test_a_history_behind_a_soft_prompt_is_read_as_its_embeddings(served: tuple[Family, World, World]) -> None:
+    """Its answer's ids were computed by id; as a part of the next prompt PEFT hands on their embeddings."""
+    _, world, _ = served
+    if "soft" not in world.prefixes or world.shape.is_encoder_decoder:
+        pytest.skip("no soft prompt before a decoder's text")
+    first = next(case for case in world.cases if case.name.startswith("soft"))
+    later = replace(first, name="later", prompt=[*first.prompt, *first.tokens, *first.prompt])
+
+    def answers(*cases: Case) -> list[list[int]]:
+        return run_ours(world.model, world.shape, list(cases), world.prefixes, kernels=world.kernels, max_rows=1)
+
+    assert answers(first, later)[1] == answers(later)[0]
+
+
+def test_measures_without_weights_are_those_of_the_started_model(
+    served: tuple[Family, World, World], tmp_path: Path
+) -> None:
+    family, world, _ = served
+    folder = save_byte_model(tmp_path)
+    tiny_config(family.model_type).save_pretrained(folder)
+    found = model_shape(Settings(model=str(folder), dtype="float32"))
+    assert (found.layers, found.takes_keys) == (world.shape.layers, world.shape.takes_keys)
+    assert (found.reads == "ids") == (world.shape.reads == "ids")
+
+
+@pytest.mark.parametrize("window", [64 - 3, 64 - 2, 64 - 1, 64, 64 + 1])
+def test_a_window_about_as_long_as_the_context_is_served(window: int) -> None:
+    config = MistralConfig(
+        **COMMON | {"max_position_embeddings": 64}, **SMALL, num_key_value_heads=2, sliding_window=window
+    )
+    shape = measure_shape(AutoModelForCausalLM.from_config(config), "tiny", "none")
+    assert {layer.window for layer in shape.layers} == ({window} if window < 64 else set())
+
+
 @pytest.mark.parametrize("family", list(REFUSED), ids=lambda family: family.model_type)
-def test_a_family_that_cannot_be_served_is_refused_in_one_line(family: Family, tmp_path: Path) -> None:
+def test_a_family_that_cannot_be_served_is_refused_in_one_line(
+    family: Family, tmp_path: Path, kernels: CpuKernels
+) -> None:
     with pytest.raises(ModelRefusedError, match=REFUSED[family]) as refusal:
-        make_world(family, tmp_path)
+        make_world(family, tmp_path, kernels)
     assert str(refusal.value).startswith(f"{family.model_type} ")
     assert "\n" not in str(refusal.value)

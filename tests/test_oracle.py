@@ -189,8 +189,8 @@ def test_a_dropped_virtual_token_is_noticed(world: World) -> None:
 def test_shifted_positions_are_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     made = batch.batch_of
 
-    def shifted(*args: Any) -> batch.Batch:
-        found = made(*args)
+    def shifted(*args: Any, **more: Any) -> batch.Batch:
+        found = made(*args, **more)
         # Relative positions do not see a shift of everything: text moves, what a row has already written does not.
         far = torch.where(found.position_ids > 12, found.position_ids + 1, found.position_ids)
         return replace(found, position_ids=far)

@@ -26,9 +26,9 @@ KNOWN = ("softcap", "s_aux", "position_bias", "position_ids", "cache_position", 
 
 @dataclass(frozen=True, eq=False)
 class Handed:
-    """One call of a layer's attention. Tensors are `[1, heads, tokens, dim]`; `mask` is a MaskRule, what the model made
-    of one, or None. `unknown` names arguments that our attention would ignore. `is_cached`: the layer's cache, or
-    another layer's, holds these very keys and values."""
+    """One call of a layer's attention. Tensors are `[1, heads, tokens, dim]`; `mask` is a MaskRule, a mask that the
+    model made itself, or None. `unknown` names arguments that our attention would ignore. `is_cached`: the layer's
+    cache, or another layer's, holds these very keys and values."""
 
     module: Any
     query: torch.Tensor
@@ -106,8 +106,9 @@ AttentionMaskInterface.register(NAME, lambda *_, mask_function, **__: MaskRule(m
 
 @contextmanager
 def recording(model: Any) -> Iterator[list[Handed]]:
-    """Inside, the model's layers record what they hand to their attention, and attend to nothing."""
-    ours = model.config._attn_implementation
+    """Inside, the model's layers record what they hand to their attention, attend to nothing and drop nothing out."""
+    ours, is_training = model.config._attn_implementation, model.training
+    model.eval()
     calls: list[Handed] = []
     token = _calls.set(calls)
     model.set_attn_implementation(NAME)
@@ -115,6 +116,7 @@ def recording(model: Any) -> Iterator[list[Handed]]:
         yield calls
     finally:
         model.set_attn_implementation(ours)
+        model.train(is_training)
         _calls.reset(token)
 
 

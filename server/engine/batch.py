@@ -61,7 +61,8 @@ class Keys:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row's share of the stream. A negative token id -1-i takes row i of `embeddings` `[n, hidden_size]`.
+    """One row's share of the stream. A negative token id -1-i takes row i of `embeddings` `[n, hidden_size]`. The first
+    `num_embedded_tokens` are a soft prompt's or read with one.
 
     Token k of the stream is written to slot `start + k` of `own_blocks`.
     """
@@ -92,9 +93,10 @@ class PackedRow:
 class Batch:
     """The step: ids `[1, num_tokens]` with explicit positions; `embeddings` replace the ids at `embedding_index`.
 
-    Where the model computes something else from embeddings than from ids, a step has two streams: `before` runs first,
-    and the model is handed the embeddings of all its tokens (`is_embedded`). `logits_order` `[num_logits]` then takes
-    the rows' logits out of those of `before` followed by this stream's.
+    Where the model computes something else from embeddings than from ids, a step may have two streams. Of one that
+    `is_embedded` the model is handed embeddings only. If the other has tokens too, the embedded one is its `before`,
+    which runs first; `logits_order` `[num_logits]` then takes the rows' logits out of those of `before` followed by its
+    own.
     """
 
     input_ids: torch.Tensor  # [1, num_tokens]
@@ -171,7 +173,7 @@ def batch_of(
 
 
 def _by_input(rows: list[PackedRow], reads: Reads) -> tuple[list[PackedRow], list[PackedRow]]:
-    """What the model is handed as embeddings and what as ids: all of it in one where that is the same to the model."""
+    """What the model is handed as embeddings, and what as ids; all of it in one stream unless it reads each apart."""
     if reads != "each":
         return [], rows
     embedded, by_ids = [], []

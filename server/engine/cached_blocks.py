@@ -18,8 +18,11 @@ class CachedBlocks:
     is evicted before its beginning. Used from the step's thread only.
     """
 
-    def __init__(self, allocator: BlockAllocator) -> None:
+    def __init__(self, allocator: BlockAllocator, *, shares_soft_text: bool = True) -> None:
+        """`shares_soft_text` is false for a model that computes something else from embeddings than from ids: what a
+        soft prompt's row computed by id, a longer prompt behind it would have as embeddings."""
         self._allocator = allocator
+        self._shares_soft_text = shares_soft_text
         self._registered: dict[bytes, int] = {}
         self._hashes: dict[int, bytes] = {}  # of the registered blocks
         self._num_holders: dict[int, int] = {}  # of the registered blocks
@@ -44,7 +47,9 @@ class CachedBlocks:
 
     def find(self, row: Row) -> list[int]:
         """The registered blocks with which its text begins. The last token is in none: its logits are still wanted."""
-        found = []
+        found: list[int] = []
+        if not self._may_share(row):
+            return found
         for index in range(row.num_reusable_blocks):
             block = self._registered.get(row.block_hash(index))
             if block is None:
@@ -75,7 +80,7 @@ class CachedBlocks:
 
     def register(self, row: Row) -> None:
         """Share what `row` has filled since the last time. All that it computed must be known to be finite."""
-        if row.encoder_ids:
+        if row.encoder_ids or not self._may_share(row):
             return
         for index in range(row.num_registered_blocks, row.num_computed_tokens // BLOCK_SIZE):
             block_hash, block = row.block_hash(index), row.block_table[index]
@@ -116,6 +121,9 @@ class CachedBlocks:
             for index, block in enumerate(row.block_table[: row.num_registered_blocks]):
                 assert self._hashes[block] == row.block_hash(index), "a row holds another text's block"
             assert row.num_registered_blocks * BLOCK_SIZE <= row.num_computed_tokens < len(row.token_ids)
+
+    def _may_share(self, row: Row) -> bool:
+        return self._shares_soft_text or not row.is_soft
 
     def _hold(self, block: int) -> None:
         self._cached.pop(block, None)

@@ -60,9 +60,11 @@ def checked_model(
         except Exception as error:  # also where a family's modules are not what a kernel's probe expects
             if quantizes:
                 raise
-            checked = attempt(is_fast=False)
-            log.warning("model_keeps_its_modules", reason=one_line(error))
-            return checked
+            reason = one_line(error)
+        # Outside of the except: an error keeps alive the model that it was raised on.
+        checked = attempt(is_fast=False)
+        log.warning("model_keeps_its_modules", reason=reason)
+        return checked
     except ModelRefusedError as error:
         raise ModelRefusedError(f"{family} cannot be served: {error}; {FAMILIES}") from error
     except Exception as error:  # transformers, torch and a family's own code raise what they like

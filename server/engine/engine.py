@@ -74,7 +74,8 @@ class Engine:
         num_own_blocks = runner.kv_blocks.num_blocks - 1 - num_prefix_blocks
         self.policies = TenantPolicies()
         self.prefix_allocator = BlockAllocator(1, num_prefix_blocks)
-        self.own_blocks = CachedBlocks(BlockAllocator(1 + num_prefix_blocks, num_own_blocks))
+        own = BlockAllocator(1 + num_prefix_blocks, num_own_blocks)
+        self.own_blocks = CachedBlocks(own, shares_soft_text=runner.shape.reads != "each")
         self.residents = ResidentPrefixes(
             self.prefix_allocator,
             lambda layout: prefix_blocks(layout, runner.shape),

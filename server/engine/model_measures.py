@@ -14,7 +14,7 @@ from prefix_store.prefix import LayerShape, ModelShape, Reads
 from server.engine.attention_probe import NUM_TOKENS as NUM_PROBED_TOKENS
 from server.engine.attention_probe import Handed, ask, ask_seq2seq, probed_ids, reach_of, recording
 from server.engine.errors import ModelRefusedError, one_line
-from server.engine.reach import WHOLE
+from server.engine.reach import WHOLE, Reach
 
 MAX_RELATIVE_POSITIONS = 4096  # of a model whose positions have no end of their own
 STATEFUL = ("Mamba", "Mixer", "ShortConv", "Delta", "Recurrent", "LinearAttention", "Lightning", "KDA", "LSTM")
@@ -25,7 +25,8 @@ OWN_ATTENTION = "it has attention of its own, which cannot be replaced"
 def measure_shape(
     model: Any, model_name: str, fingerprint: str, aliases: tuple[str, ...] = (), max_virtual_tokens: int = 4096
 ) -> ModelShape:
-    """The measures that an artefact must fit, read off the model's config and layers. Raises ModelRefusedError."""
+    """The measures that an artefact must fit: positions from the model's config, all others from what the model hands
+    to its attention. Raises ModelRefusedError."""
     is_seq2seq = bool(model.config.is_encoder_decoder)
     config = model.config if is_seq2seq else model.config.get_text_config()
     max_positions = getattr(config, "max_position_embeddings", None)
@@ -34,7 +35,7 @@ def measure_shape(
     has_end = max_positions is not None
     max_positions = int(min(max_positions or MAX_RELATIVE_POSITIONS, _max_even_positions(config)))
     calls = _ask(model, max_positions - NUM_PROBED_TOKENS)
-    layers = _measure_layers(model, calls, max_positions - NUM_PROBED_TOKENS)
+    layers = _measure_layers(model, calls, max_positions)
     if not has_end:
         raise ModelRefusedError("its config names no largest position")
     widest = max(layers, key=lambda layer: layer.key_dim)
@@ -73,11 +74,15 @@ def _ask(model: Any, position: int) -> list[Handed]:
     return calls
 
 
-def _measure_layers(model: Any, calls: list[Handed], position: int) -> list[LayerShape]:
+def _measure_layers(model: Any, calls: list[Handed], max_positions: int) -> list[LayerShape]:
     """Of each decoder layer. Raises ModelRefusedError for layers that packed rows cannot serve."""
     if unknown := {name for handed in calls for name in handed.unknown}:
         raise ModelRefusedError(f"its attention depends on {', '.join(sorted(unknown))}, which packed rows do not have")
-    reaches = [reach_of(handed, position) for handed in calls]
+    found_reaches: dict[object, Reach] = {}  # layers of one kind are handed one mask
+    for handed in calls:
+        if handed.mask not in found_reaches:
+            found_reaches[handed.mask] = reach_of(handed, max_positions - 1)
+    reaches = [found_reaches[handed.mask] for handed in calls]
     if model.config.is_encoder_decoder:
         shapes = {(handed.key.shape[1], handed.key.shape[3], handed.value.shape[3]) for handed in calls}
         if len(shapes) > 1 or any(reach != WHOLE for reach in reaches):
@@ -94,7 +99,7 @@ def _measure_layers(model: Any, calls: list[Handed], position: int) -> list[Laye
             source = sources.setdefault(id(handed.key), handed.layer)
             value_dim = handed.value.shape[3]
             found[handed.layer] = LayerShape(num_kv_heads, key_dim, value_dim, source, reach.window, reach.chunk)
-    _check_cache(model, list(found.values()), position + NUM_PROBED_TOKENS)
+    _check_cache(model, list(found.values()), max_positions)
     num_layers = _num_decoder_layers(model.config)
     if not found:
         raise ModelRefusedError("its attention is not causal: a token sees those after it")
@@ -118,8 +123,10 @@ def _check_cache(model: Any, layers: list[LayerShape], max_positions: int) -> No
 def _why_unanswered(model: Any, error: Exception) -> str:
     if _has_module(model, "Indexer"):
         return "its attention picks keys by their content (a sparse indexer), which packed rows do not have"
-    if _has_module(model, *STATEFUL) or isinstance(error, IndexError):  # a cache has no layers of their kind
+    if _has_module(model, *STATEFUL):
         return RECURRENT
+    if isinstance(error, IndexError):
+        return "its layers keep something else than keys and values in their cache"
     if not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
         return OWN_ATTENTION
     if "MaskRule" in str(error):
@@ -157,6 +164,8 @@ def _measure_reads(model: Any) -> Reads:
         with recording(model):
             by_embeddings = stack(inputs_embeds=embedded, **more)[0]
             stack(inputs_embeds=embedded + 0.5, **more)  # which no token has
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # of a family that wants ids, in words of its own
         return "ids"
     return "either" if torch.equal(by_ids, by_embeddings) else "each"

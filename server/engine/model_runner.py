@@ -185,7 +185,7 @@ def _decoder_start_id(model: Any) -> int:
     if start is None:
         start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
-        raise ModelRefusedError(f"{model.config.model_type}: expected decoder_start_token_id in its config, found none")
+        raise ModelRefusedError("expected decoder_start_token_id in its config, found none")
     return int(start)
 
 

@@ -67,6 +67,8 @@ def self_check(model: Any, shape: ModelShape, kernels: CpuKernels | None = None,
         without = {text.prefix: rows.logits([replace(text, prefix=None)]) for text in texts if text.prefix}
         own = {text.prefix: _own_logits(model, shape, text, rows.prefixes) for text in texts}
         inputs, own_inputs = _inputs_of_attention(model, shape, rows)
+    except ModelRefusedError:
+        raise
     except Exception as error:  # a model that does not take packed rows fails in ways of its own
         raise ModelRefusedError(f"it does not take packed rows: {one_line(error)}") from error
     tolerance = TOLERANCE[shape.dtype]
@@ -184,7 +186,8 @@ class _Rows:
         batch = batch_of(rows, set(rows), self.kv_blocks, reads=self._shape.reads)
         if batch.before is not None:
             num_tokens = batch.before.position_ids.shape[1] + batch.position_ids.shape[1]
-            batch = replace(batch, before=_with_all_logits(batch.before), logits_order=torch.arange(num_tokens))
+            order = torch.arange(num_tokens, device=batch.position_ids.device)
+            batch = replace(batch, before=_with_all_logits(batch.before), logits_order=order)
         return self.runner.run(_with_all_logits(batch))
 
 

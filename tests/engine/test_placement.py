@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prefix_store.prefix import Layers, ModelShape, Prefix
+from prefix_store.prefix import Layers, ModelShape, Prefix, Reads
 from server.engine import batch as batch_module
 from server.engine import engine as engine_module
 from server.engine.attention import NAME
@@ -107,14 +107,14 @@ EVERY_RULE = LogitRules(
 )
 
 
-def run_steps(family: str) -> int:
+def run_steps(family: str, reads: Reads = "either") -> int:
     """A mixed batch from loads to last tokens, each kind twice; returns how many operations ran on the device."""
     config = (FAMILIES | SEQ2SEQ_FAMILIES)[family]()
     with torch.device(META):
         model = model_class(config).from_config(config, attn_implementation=NAME)
     if config.is_encoder_decoder:
         prepare(model)
-    shape = measure_shape(model, "tiny", "none")
+    shape = replace(measure_shape(model, "tiny", "none"), reads=reads)
     prefixes = make_prefixes(shape)
     num_blocks, num_prefix_blocks = split_pool(512, 256)
     runner = ModelRunner(model, shape, KVBlocks(shape, num_blocks, META))
@@ -157,6 +157,23 @@ def test_a_step_keeps_to_its_device(family: str, shares: bool, monkeypatch: pyte
     if shares:
         monkeypatch.setattr(batch_module, "MIN_SHARED_TOKENS", 1)
     assert run_steps(family) > 100
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_step_of_two_streams_keeps_to_its_device(family: str) -> None:
+    assert run_steps(family, "each") > run_steps(family)
+
+
+def test_a_planted_order_of_logits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine_module.batch_of
+
+    def plant_order(*args: Any, **more: Any) -> Batch:
+        batch = made(*args, **more)
+        return batch if batch.before is None else plant(batch, "logits_order")
+
+    monkeypatch.setattr(engine_module, "batch_of", plant_order)
+    with pytest.raises(MixedDevices, match="cpu"):
+        run_steps("llama", "each")
 
 
 def on_cpu(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -19,7 +19,8 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine
 from server.engine.fused_modules import fuse_modules
 from server.engine.kv_blocks import KVBlocks, split_pool
-from server.engine.model_runner import ModelRunner, measure_shape
+from server.engine.model_measures import measure_shape
+from server.engine.model_runner import ModelRunner
 from server.engine.quantized_weights import quantize_weights
 from server.engine.reordered_weights import can_reorder, reorder_weights
 from server.engine.sampling_params import SamplingParams
