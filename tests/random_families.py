@@ -68,6 +68,8 @@ SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
+    "use_sliding_window": True,
+    "max_window_layers": 2,
     "floor_scale": 8,
     "global_head_dim": 32,
     "index_topk": 8,
