@@ -47,7 +47,7 @@ prompts, all mixed in one batch, staggered and alone. *Served* means: in fp32 ev
 
 {counts}
 
-A family that is refused stops the start with one line. The last column says where PEFT itself makes no prefix of a kind.
+A family that is refused stops the start with one line. The last column says where PEFT makes no prefix of a kind.
 Families with attention out of one compressed vector a token (DeepSeek, MiniCPM3, Youtu and kin) keep whole keys and
 values here, 11 to 85 times as much memory a token as that vector.
 
