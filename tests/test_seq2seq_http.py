@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, PegasusConfig
 
 from prefix_store.native_format import write_native
 from prefix_store.prefix import Layers, ModelShape, Prefix
@@ -23,7 +23,7 @@ from server.start import make_state
 from tests import naive
 from tests.cases import NEW_TOKENS, TIE
 from tests.conftest import Served, serve_in_thread, settings_for
-from tests.tiny_models import HIDDEN, SEQ2SEQ_FAMILIES, VOCAB, letter_tokenizer, seq2seq_model
+from tests.tiny_models import BART, HIDDEN, SEQ2SEQ_FAMILIES, VOCAB, letter_tokenizer, seq2seq_model
 
 NATIVE = {"Content-Type": "application/octet-stream"}
 NUM_TASKS = 16
@@ -157,6 +157,23 @@ def test_16_tasks_with_staggered_arrivals_answer_as_the_references(world: World)
             delays = [0.02 * i for i in range(NUM_TASKS)]
             answers = list(clients.map(ask, [served.url] * NUM_TASKS, cases, delays))
         assert not wrong(cases, answers)
+
+
+def test_soft_rows_leave_their_neighbours_ids_alone(tmp_path: Path) -> None:
+    """Pegasus scales embeddings where it is given ids, and takes embeddings as they come."""
+    torch.manual_seed(5)
+    config = PegasusConfig(**BART, scale_embedding=True, init_std=0.3)
+    model = seq2seq_model(config)
+    model.get_input_embeddings().weight.data *= 0.15  # so that answers vary
+    model.save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    settings = settings_for(tmp_path / "data")
+    for served in serve_in_thread(make_state(settings, ModelFiles(tmp_path / "model", "pegasus"))):
+        cases = [expected(i, tmp_path, served) for i in range(0, NUM_TASKS, 2)]  # of PEFT, soft prompts and keys
+        assert len({tuple(case.tokens) for case in cases}) >= 6
+        with ThreadPoolExecutor(NUM_TASKS) as clients:
+            answers = list(clients.map(ask, [served.url] * 3 * len(cases), 3 * cases))
+        assert not wrong(3 * cases, answers)
 
 
 def test_tasks_are_told_apart(world: World) -> None:
