@@ -54,7 +54,7 @@ def busy(num_processes: int) -> Iterator[None]:
 
 
 def in_thread(function: Callable[[], float]) -> float:
-    """In a thread of its own, whose OpenMP threads end with it: two such pools at once would not spin."""
+    """What `function` returns in a new thread, whose OpenMP threads end with the thread: two pools do not spin."""
     found: list[float] = []
     thread = threading.Thread(target=lambda: found.append(function()))
     thread.start()
@@ -104,7 +104,7 @@ def name_of(kind: str, num_busy: int) -> str:
 
 
 def measure_notice(run: Run, engine: InProcess, num_rows: int) -> None:
-    """From a busy process's start until steps leave it a core, and from its end until they use all again."""
+    """Seconds from a busy process's start until steps leave it a core, and from its end until steps use all cores."""
     rows: dict[str, Rows] = engine.rows(busy=asks_of([None] * num_rows, CONTEXT - 1))
 
     def until(threads: StepThreads, is_reached: Callable[[int], bool]) -> float:

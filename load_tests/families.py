@@ -1,5 +1,5 @@
-"""Which families of models are served, and why the others are not: every configuration class that transformers
-generates text with, made tiny and random, started as the server starts a model, and asked for bare rows, keys and
+"""The families of models that are served, and why others are not. Every configuration class that transformers
+generates text with is made tiny and random, started as the server starts a model, and asked for bare rows, keys and
 values and soft prompts, all mixed in one batch, staggered and alone, against PEFT's answers in fp32.
 
     python load_tests/families.py [--only llama,t5] [--workers 2] [--page docs/models.md]
@@ -76,7 +76,8 @@ def main() -> None:
 
 
 def judge_all(wanted: list[Family], num_workers: int) -> Iterator[Verdict]:
-    """As they come. Each in a process of its own, so that one that ends its process ends no others."""
+    """Verdicts in the order in which they are reached. Each family has a process of its own, so that a family that ends
+    its process ends no other."""
     context = multiprocessing.get_context("fork")
     running: dict[Family, tuple[BaseProcess, Connection, float]] = {}
     waiting = list(wanted)

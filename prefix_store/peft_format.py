@@ -108,7 +108,8 @@ def _check_task_type(fields: dict[str, Any], shape: ModelShape) -> None:
 
 
 def decoder_layers(slots: torch.Tensor, shape: ModelShape) -> Layers:
-    """What PEFT makes of a file's slots `[2 * num_layers, num_kv_heads, n, head_dim]`, with the file's `num_layers`.
+    """Keys and values of each layer, as PEFT makes them of the slots `[2 * num_layers, num_kv_heads, n, head_dim]` of a
+    file, with the file's `num_layers`.
 
     For an encoder-decoder it doubles the list of slots and splits it by 4, and gives the first two of each four to the
     decoder's self-attention. A layer that reads another layer's cache has no use for its slots. Where layers differ, a
@@ -140,7 +141,9 @@ def _has_remote_code(fields: dict[str, Any]) -> bool:
 
 
 def _check_shapes(fields: dict[str, Any], header: Header, shape: ModelShape) -> int:
-    """From the header, before anything is loaded. The rows that are served: `num_virtual_tokens`."""
+    """The number of rows that are served, `num_virtual_tokens`. Reads the header only, before a tensor is loaded.
+
+    Raises InvalidArtefactError for shapes that do not fit the model."""
     found = header.tensors["prompt_embeddings"].shape
     if len(found) != 2:
         raise InvalidArtefactError(f"prompt_embeddings: expected 2 dimensions, got {list(found)}")

@@ -10,8 +10,8 @@ import torch
 
 Kind = Literal["kv", "soft"]
 Placement = Literal["prefix", "infix"]
-# What a model computes its text from: `either` ids or their embeddings, to the same end; `each` to an end of its own;
-# `ids` only.
+# What a model accepts as text. `either`: ids or their embeddings, with equal results. `each`: both, with results that
+# differ. `ids`: no embeddings.
 Reads = Literal["either", "each", "ids"]
 Layers = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 PARTS = ("decoder", "encoder", "cross")
@@ -40,10 +40,9 @@ class ModelShape:
     """What an artefact is validated against. The server makes it from the loaded model.
 
     `dtype` is the dtype the model computes in: values must stay finite after a cast to it. An encoder-decoder has
-    `num_encoder_layers`; its heads are the same everywhere. `num_kv_heads` and `head_dim` are
-    those of the layer with the widest keys. A model whose cache holds something else than its keys and values
-    (`takes_keys` is false) has no KV prefixes. `layers` has each decoder layer's own measures, and is empty where all
-    are alike and see all.
+    `num_encoder_layers`; its heads are the same everywhere. `num_kv_heads` and `head_dim` are those of the layer with
+    the widest keys. A model whose cache holds something else than keys and values (`takes_keys` is false) has no KV
+    prefixes. `layers` has the measures of each decoder layer, and is empty where all layers are alike and see all.
     """
 
     num_layers: int

@@ -104,6 +104,27 @@ class World:
         return replace(self, cases=[case for pair in zip(self.cases, again, strict=True) for case in pair])
 
 
+def generated(
+    model: Any, prompt: list[int], num_tokens: int = NEW_TOKENS, **more: Any
+) -> tuple[list[int], torch.Tensor]:
+    """The greedy answer of transformers' or PEFT's `generate` to one prompt alone, EOS like any other token, and the
+    logits `[num_tokens, vocab_size]` behind it. `more` goes to `generate`."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = model.eval().generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **more,
+        )
+    assert len(out.logits) == num_tokens
+    return out.sequences[0, -num_tokens:].tolist(), torch.cat(out.logits).float()
+
+
 def tiny_shape(model: Any) -> ModelShape:
     return replace(measure_shape(model, "tiny", "none"), max_virtual_tokens=64)
 

@@ -26,7 +26,7 @@ from server.engine.checked_model import FAMILIES, CheckedModel, checked_model
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError, one_line
 from server.engine.model_runner import model_class
-from tests.cases import Case, World
+from tests.cases import Case, World, generated
 
 VOCAB, HIDDEN, NUM_LAYERS, POSITIONS, WINDOW = 120, 64, 4, 256, 12
 NUM_TOKENS = 24
@@ -250,21 +250,11 @@ def references(model: Any, family: Family, folder: Path, shape: ModelShape) -> R
 
 
 def _case(model: Any, kind: str, prompt: list[int], prefix: str | None, family: Family) -> Case:
-    ids = torch.tensor([prompt])
-    with torch.inference_mode(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    tokens = out.sequences[0, -NUM_TOKENS:].tolist()
+        tokens, logits = generated(model, prompt, NUM_TOKENS)
     members = ((prefix,),) if prefix else ((),)
-    return Case(f"{kind} {len(prompt)}", prompt, members, tokens, torch.cat(out.logits).float())
+    return Case(f"{kind} {len(prompt)}", prompt, members, tokens, logits)
 
 
 @dataclass(frozen=True)

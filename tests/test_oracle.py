@@ -33,11 +33,11 @@ from server.engine.model_runner import ModelRunner
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sequence import PrefixRef, Row
 from tests.cases import (
-    NEW_TOKENS,
     WAYS,
     Case,
     Reference,
     World,
+    generated,
     share_every_prefix,
     tiny_shape,
     without_last_token,
@@ -108,22 +108,9 @@ def _case(task: str | None, prompt: list[int], folder: Path, shape: Any) -> tupl
             shape,
             MULTITASK_INDEX if task == "multitask" else None,
         )
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = reference.eval().generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **more,
-        )
-    tokens = out.sequences[0, len(prompt) :].tolist()
-    assert len(tokens) == NEW_TOKENS
+    tokens, logits = generated(reference, prompt, **more)
     members = ((task,),) if task else ((),)
-    return Case(task or "bare", prompt, members, tokens, torch.cat(out.logits).float()), prefix
+    return Case(task or "bare", prompt, members, tokens, logits), prefix
 
 
 def test_the_references_answers_can_prove_something(world: World) -> None:

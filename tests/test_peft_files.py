@@ -32,7 +32,7 @@ from prefix_store.errors import InvalidArtefactError
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import ModelShape, Prefix
 from server.engine.cpu_kernels import CpuKernels
-from tests.cases import NEW_TOKENS, Case, Reference, World, tiny_shape
+from tests.cases import Case, Reference, World, generated, tiny_shape
 from tests.tiny_models import FAMILIES, SEQ2SEQ_FAMILIES, VOCAB, seq2seq_model
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -155,20 +155,8 @@ def _case(name: str, file: File | None, prompt: list[int], family: str, folder: 
         reference = PeftModel.from_pretrained(_load(folder, family), folder / name)
         if file.make is MultitaskPromptTuningConfig:
             more["task_ids"] = torch.tensor([MULTITASK_INDEX])
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = reference.eval().generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **more,
-        )
-    tokens = out.sequences[0, -NEW_TOKENS:].tolist()
-    return Case(name, prompt, ((name,),) if file else ((),), tokens, torch.cat(out.logits).float())
+    tokens, logits = generated(reference, prompt, **more)
+    return Case(name, prompt, ((name,),) if file else ((),), tokens, logits)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3", *SEQ2SEQ_FAMILIES])

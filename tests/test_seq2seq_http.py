@@ -21,7 +21,7 @@ from prefix_store.prefix import Layers, ModelShape, Prefix
 from server.model_files import ModelFiles
 from server.start import make_state
 from tests import naive
-from tests.cases import NEW_TOKENS, TIE
+from tests.cases import NEW_TOKENS, TIE, generated
 from tests.conftest import Served, serve_in_thread, settings_for
 from tests.tiny_models import BART, HIDDEN, SEQ2SEQ_FAMILIES, VOCAB, letter_tokenizer, seq2seq_model
 
@@ -110,18 +110,7 @@ def ask_peft(i: int, token_dim: int, prompt: list[int], folder: Path) -> tuple[l
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter) * 1.5
     model.eval().save_pretrained(folder / f"peft-{i}")
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    return out.sequences[0, 1:].tolist(), torch.cat(out.logits).float()
+    return generated(model, prompt, NEW_TOKENS)
 
 
 def ask(url: str, case: Expected, delay_s: float = 0.0) -> list[int]:

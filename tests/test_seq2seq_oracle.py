@@ -32,11 +32,11 @@ from server.engine.model_runner import ModelRunner
 from server.engine.resident_prefix import ResidentPrefix
 from server.engine.sequence import PrefixRef, Row
 from tests.cases import (
-    NEW_TOKENS,
     PATHS,
     Case,
     Reference,
     World,
+    generated,
     share_every_prefix,
     tiny_shape,
     without_last_token,
@@ -100,22 +100,9 @@ def _case(name: str, task: str, prompt: list[int], folder: Path, shape: ModelSha
             shape,
             MULTITASK_INDEX if task == "multitask" else None,
         )
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = reference.eval().generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **more,
-        )
-    tokens = out.sequences[0, 1:].tolist()  # the first is the decoder's start
-    assert len(tokens) == NEW_TOKENS
+    tokens, logits = generated(reference, prompt, **more)
     members = ((name,),) if prefix else ((),)
-    return Case(name, prompt, members, tokens, torch.cat(out.logits).float()), prefix
+    return Case(name, prompt, members, tokens, logits), prefix
 
 
 def test_the_references_answers_can_prove_something(world: World) -> None:

@@ -49,7 +49,7 @@ class Handed:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """In place of a mask, transformers' own function of (batch, head, query position, key position)."""
+    """A mask as a function: transformers' own, of (batch, head, query position, key position)."""
 
     function: Callable[..., torch.Tensor]
 
@@ -92,7 +92,8 @@ _calls: ContextVar[list[Handed]] = ContextVar("calls")
 def _record(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **more: Any
 ) -> tuple[torch.Tensor, None]:
-    """In the place of attention: every token attends to itself alone, or to the mean of another text."""
+    """An attention function that records its arguments. Every token attends to itself alone, and in cross-attention to
+    the mean of the other text."""
     unknown = tuple(name for name, given in more.items() if name not in KNOWN and isinstance(given, torch.Tensor))
     _calls.get().append(Handed(module, query, key, value, attention_mask, unknown))
     if value.shape[2] != query.shape[2]:

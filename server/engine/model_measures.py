@@ -75,7 +75,7 @@ def _ask(model: Any, position: int) -> list[Handed]:
 
 
 def _measure_layers(model: Any, calls: list[Handed], max_positions: int) -> list[LayerShape]:
-    """Of each decoder layer. Raises ModelRefusedError for layers that packed rows cannot serve."""
+    """The measures of each decoder layer. Raises ModelRefusedError for layers that packed rows cannot serve."""
     if unknown := {name for handed in calls for name in handed.unknown}:
         raise ModelRefusedError(f"its attention depends on {', '.join(sorted(unknown))}, which packed rows do not have")
     found_reaches: dict[object, Reach] = {}  # layers of one kind are handed one mask
@@ -99,13 +99,14 @@ def _measure_layers(model: Any, calls: list[Handed], max_positions: int) -> list
             source = sources.setdefault(id(handed.key), handed.layer)
             value_dim = handed.value.shape[3]
             found[handed.layer] = LayerShape(num_kv_heads, key_dim, value_dim, source, reach.window, reach.chunk)
-    _check_cache(model, list(found.values()), max_positions)
     num_layers = _num_decoder_layers(model.config)
     if not found:
         raise ModelRefusedError("its attention is not causal: a token sees those after it")
     if silent := sorted(set(range(num_layers)) - set(found)):
         raise ModelRefusedError(_why_silent(model, silent))
-    return [found[index] for index in range(num_layers)]
+    layers = [found[index] for index in range(num_layers)]
+    _check_cache(model, layers, max_positions)
+    return layers
 
 
 def _check_cache(model: Any, layers: list[LayerShape], max_positions: int) -> None:

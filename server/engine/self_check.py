@@ -32,7 +32,8 @@ SPLIT = 7  # tokens of the first of two steps
 
 @dataclass(frozen=True)
 class Text:
-    """`prompt` is what an encoder reads, where there is one; `text` what the decoder reads."""
+    """`prompt` is what an encoder reads, where there is one; `text` is what the decoder reads. `prefix` names the
+    prefix before the text; None: no prefix."""
 
     prompt: list[int]
     text: list[int]
@@ -43,11 +44,11 @@ class Text:
 
 @torch.inference_mode()
 def self_check(model: Any, shape: ModelShape, kernels: CpuKernels | None = None, *, is_quantized: bool = False) -> None:
-    """Three packed rows, a bare one, one behind keys and values, one behind a soft prompt, against each
-    alone and in two steps, and each against the model's own eager attention. Every token's logits count. Far into a
-    text, what packed rows hand to their attention must be what the model hands on by itself.
+    """Compare three packed rows (bare, behind keys and values, behind a soft prompt) with each row alone, one row in
+    two steps with the same row in one, and each row with the model's own eager attention. Every token's logits count.
+    At the context's end, layers must hand the same to their attention for packed rows as for the model alone.
 
-    Raises ModelRefusedError naming the model.
+    Raises ModelRefusedError with the comparison that failed; the caller names the model.
     """
     generator = torch.Generator().manual_seed(0)
 
