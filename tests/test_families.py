@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -34,6 +35,8 @@ SERVED: dict[Family, tuple[str, ...]] = {
     Family("pegasus", True): ALL,  # an encoder that scales embeddings where it is given ids
     Family("umt5", True): ALL,
 }
+# Families in which layers or inputs are not all alike.
+UNLIKE = {"gemma3n_text", "gemma4_text", "gpt_oss", "llama4_text", "pegasus", "phimoe", "qwen2_moe", "qwen3_moe"}
 REFUSED = {
     Family("bamba", False): "recurrent or convolution layers",
     Family("bloom", False): "attention of its own",
@@ -70,7 +73,7 @@ def test_what_the_model_was_asked_is_what_keeps_its_rows_right(
     served: tuple[Family, World, World],
 ) -> None:
     """As if ids and embeddings were one, as if each layer had a cache and saw all."""
-    _, world, _ = served
+    family, world, _ = served
     shape = world.shape
     layers = [replace(layer, source=index) for index, layer in enumerate(shape.layers)]
     whole = [replace(layer, window=None, chunk=None) for layer in shape.layers]
@@ -80,6 +83,7 @@ def test_what_the_model_was_asked_is_what_keeps_its_rows_right(
     ]
     if layers != list(shape.layers):
         changed.append(replace(shape, layers=tuple(layers)))
+    assert bool(changed) == (family.model_type in UNLIKE)
     for other in changed:
         answers = run_ours(world.model, other, world.cases, world.prefixes, kernels=world.kernels, **WAYS["mixed"])
         assert wrong(world.cases, answers)
@@ -92,10 +96,16 @@ def test_a_history_behind_a_prefix_is_answered_as_without_cached_tokens(served: 
     first = next(case for case in world.cases if case.name.startswith(kind))
     later = replace(first, name="later", prompt=[*first.prompt, *first.tokens, *first.prompt])
 
+    num_cached: list[int] = []
+
     def answers(*cases: Case) -> list[list[int]]:
-        return run_ours(world.model, world.shape, list(cases), world.prefixes, kernels=world.kernels, max_rows=1)
+        options: dict[str, Any] = {"kernels": world.kernels, "max_rows": 1}
+        options["each_step"] = lambda engine: num_cached.append(engine.own_blocks.num_cached)
+        return run_ours(world.model, world.shape, list(cases), world.prefixes, **options)
 
     assert answers(first, later)[1] == answers(later)[0]
+    keeps_no_text = world.shape.is_encoder_decoder or (kind == "soft" and world.shape.reads == "each")
+    assert (max(num_cached) == 0) == keeps_no_text
 
 
 def test_measures_without_weights_are_those_of_the_started_model(
