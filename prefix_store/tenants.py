@@ -67,7 +67,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Tenant:
-    """`revision` changes with every change, and is never used again."""
+    """`revision` counts the tenant's own changes."""
 
     name: str
     limits: Limits = field(default_factory=Limits)
@@ -132,6 +132,11 @@ def known_tenant(name: str, found: Tenant | None) -> Tenant:
     if name != DEFAULT_TENANT:
         raise NotFoundError(f"no tenant {name[:80]!r}")
     return DEFAULT
+
+
+def changed_from(before: Tenant | None, after: Tenant | None) -> Tenant | None:
+    """The tenant with the revision of this change."""
+    return after and replace(after, revision=1 if before is None else before.revision + 1)
 
 
 def is_tenant_name(text: str) -> bool:

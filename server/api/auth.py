@@ -72,7 +72,9 @@ class Caller:
 
     def author(self, request: Request) -> Author:
         """Of what this request changes."""
-        return Author(self.actor, request.state.request_id)
+        holder = None if self.key is None else self.tenant.name
+        request_id, is_local = request.state.request_id, self.actor == NOBODY
+        return Author(self.actor, request_id, holder, is_operator=self.is_operator, needs_no_keys=is_local)
 
     @property
     def is_operator(self) -> bool:
@@ -101,6 +103,7 @@ class Caller:
             raise RequestError(403, f"this key is for {', '.join(self.key.tasks)}, not for {what}")
 
 
+NOBODY = "local"  # what the audit calls whoever asks while no keys are configured
 LOCAL = frozenset((*SCOPES, *OPERATOR_SCOPES))
 
 
@@ -145,10 +148,10 @@ class KeyRing:
         """One that has expired counts until it is deleted."""
         return self._operator_digest is not None or bool(self._seen.owners)
 
-    def is_last(self, tenant: Tenant) -> bool:
-        """Whether the server is open without this tenant's one key."""
-        owners = set(self._seen.owners.values())
-        return self._is_local and self._operator_digest is None and owners == {tenant.name} and len(tenant.keys) == 1
+    @property
+    def opens_without_keys(self) -> bool:
+        """Whether the server would be open if no tenant had a key."""
+        return self._is_local and self._operator_digest is None
 
     @property
     def is_open(self) -> bool:
@@ -167,7 +170,7 @@ class KeyRing:
         """Raises RequestError 401 for a key that is missing, unknown or expired, 403 for a suspended tenant."""
         seen = self._seen
         if self.is_open:
-            return Caller(seen.tenants[DEFAULT_TENANT], "local", LOCAL)
+            return Caller(seen.tenants[DEFAULT_TENANT], NOBODY, LOCAL)
         kind, _, text = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not text:
             raise RequestError(401, "expected a key, as Authorization: Bearer KEY", headers=CHALLENGE)

@@ -49,6 +49,8 @@ class RequestError(Exception):
 STATUSES: dict[type[Exception], int] = {
     store_errors.InvalidArtefactError: 422,
     store_errors.ArtefactTooLargeError: 413,
+    store_errors.KeyEndedError: 401,
+    store_errors.SuspendedError: 403,
     store_errors.NotFoundError: 404,
     store_errors.ConflictError: 409,
     store_errors.DisabledError: 423,
@@ -129,6 +131,8 @@ def install(app: FastAPI) -> None:
         status, headers = status_of(error), dict(getattr(error, "headers", {}))
         if getattr(error, "detail", ""):
             log.warning("refused", status=status, path=request.url.path, reason=store_errors.in_full(error))
+        if status == 401:
+            headers.setdefault("WWW-Authenticate", "Bearer")
         if status in (429, 503):
             headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
         param = getattr(error, "param", None)

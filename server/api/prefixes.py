@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from prefix_store.errors import QuotaError
 from prefix_store.task import Task
 from server.api.auth import Asking, Caller
 from server.api.errors import PROBLEMS, RequestError
@@ -121,16 +120,11 @@ async def share(request: Request, state: State, caller: Asking, task: str, body:
 async def pin(request: Request, state: State, caller: Asking, task: str) -> Response:
     tenant, name = caller.tenant.name, _name(caller, task)
     version = await asyncio.to_thread(state.store.resolve, tenant, name)
-    limit = caller.tenant.limits.max_pinned_bytes
-    if limit is not None:
-        pinned = await asyncio.to_thread(state.store.pinned_versions)
-        own = [each for each in pinned if each.tenant == tenant]
-        num_bytes = state.device_bytes([*own, version], resident=False)
-        if num_bytes > limit:
-            raise QuotaError(f"this tenant may pin {limit} bytes of device memory, with {name!r} it were {num_bytes}")
+    by = caller.author(request)
+    await state.remotely(state.store.check_pinnable, tenant, name, state.servable_bytes)
     state.label([version])
     await state.preload(version)
-    found = await state.remotely(state.store.set_pinned, tenant, name, True, by=caller.author(request))
+    found = await state.remotely(state.store.set_pinned, tenant, name, True, state.servable_bytes, by=by)
     await state.sync_pins()
     return task_response(state, found)
 

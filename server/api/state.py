@@ -242,6 +242,10 @@ class AppState:
             return sum(self.engine.resident_bytes(key) for key in refs)
         return sum(self.engine.bytes_on_device(ref.layout) for ref in refs.values())
 
+    def servable_bytes(self, versions: Iterable[Version]) -> int:
+        """What those of the versions that this model can serve would take on the device."""
+        return self.device_bytes(filter(self.store.is_compatible, versions), resident=False)
+
     def check_ensemble(self, ensemble: Ensemble) -> None:
         """Raises PrefixFaultError for one whose members could never run together."""
         num_bytes = sum({m.digest: self.engine.bytes_on_device(m.content) for m in ensemble.members}.values())

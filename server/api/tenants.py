@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from prefix_store.audit import AuditEntry
+from prefix_store.audit import AuditEntry, Author
 from prefix_store.errors import NotFoundError
 from prefix_store.tenants import SCOPES, Key, Limits, Tenant, known_tenant, new_key, new_tenant
 from server.api.auth import Asking, Caller
@@ -43,7 +43,7 @@ async def put_tenant(
         is_new = made is not None and key in made.keys
         yield by.entry(name, "create-tenant" if is_new else "set-limits", name)
 
-    made = await _change(state, name, change, record)
+    made = await _change(state, name, change, record, by)
     is_new = key in made.keys
     return JSONResponse(made.described() | ({"key": text} if is_new else {}), 201 if is_new else 200, NOT_STORED)
 
@@ -63,7 +63,8 @@ async def get_tenant(state: State, caller: Asking, name: str) -> dict[str, Any]:
 @router.delete("/{name}", summary="Delete a tenant with its keys, tasks and files", status_code=204)
 async def delete_tenant(request: Request, state: State, caller: Asking, name: str) -> Response:
     await _visible(state, caller, name)
-    gone = await state.remotely(state.store.delete_tenant, name, by=caller.author(request))
+    leaves_a_key = state.keys.opens_without_keys
+    gone = await state.remotely(state.store.delete_tenant, name, by=caller.author(request), leaves_a_key=leaves_a_key)
     await asyncio.to_thread(state.keys.refresh)
     await state.sync_pins()
     await state.free(gone)
@@ -105,7 +106,7 @@ async def make_key(request: Request, state: State, caller: Asking, name: str, bo
     entries = [by.entry(name, "make-key", key.id)]
     if old is not None:
         entries.append(by.entry(name, "expire-key", old.id))
-    await _change(state, name, change, lambda _: entries)
+    await _change(state, name, change, lambda _: entries, by)
     shown = {"key": text, **key.described()}
     return JSONResponse(shown, 201, NOT_STORED)
 
@@ -114,14 +115,14 @@ async def make_key(request: Request, state: State, caller: Asking, name: str, bo
 async def delete_key(request: Request, state: State, caller: Asking, name: str, key_id: str) -> Response:
     tenant = await _visible(state, caller, name)
     _check_hold(caller, tenant.key(key_id))
-    if not caller.is_operator and state.keys.is_last(tenant):
-        raise RequestError(409, "expected another key to be left: without any, all on this machine are operators")
 
     def change(found: Tenant | None) -> Tenant:
         return known_tenant(name, found).without_key(key_id)
 
-    entry = caller.author(request).entry(name, "delete-key", key_id)
-    await _change(state, name, change, lambda _: [entry])
+    by = caller.author(request)
+    entry = by.entry(name, "delete-key", key_id)
+    leaves_a_key = state.keys.opens_without_keys and not caller.is_operator
+    await _change(state, name, change, lambda _: [entry], by, leaves_a_key=leaves_a_key)
     return Response(status_code=204)
 
 
@@ -130,8 +131,11 @@ async def _change(
     name: str,
     change: Callable[[Tenant | None], Tenant],
     record: Callable[[Tenant | None], Iterable[AuditEntry]],
+    by: Author,
+    *,
+    leaves_a_key: bool = False,
 ) -> Tenant:
-    made = await state.remotely(state.registry.update_tenant, name, change, record)
+    made = await state.remotely(state.registry.update_tenant, name, change, record, by=by, leaves_a_key=leaves_a_key)
     assert made is not None
     await asyncio.to_thread(state.keys.refresh)
     return made
@@ -143,8 +147,9 @@ async def _set_suspended(
     def change(found: Tenant | None) -> Tenant:
         return replace(known_tenant(name, found), is_suspended=is_suspended)
 
-    entry = caller.author(request).entry(name, "suspend" if is_suspended else "resume", name)
-    made = await _change(state, name, change, lambda _: [entry])
+    by = caller.author(request)
+    entry = by.entry(name, "suspend" if is_suspended else "resume", name)
+    made = await _change(state, name, change, lambda _: [entry], by)
     return made.described()
 
 

@@ -132,7 +132,7 @@ class TestFiles:
         def decide(draft: Draft) -> Published:
             decisions.append(1)
             new = new_version(DIGEST, LAYOUT)
-            return add_version(draft, "t", new, activate=None, precondition=ANY, limits=None, now_s=0.0)
+            return add_version(draft, "t", new, activate=None, precondition=ANY, within_limits=False, now_s=0.0)
 
         decisions: list[int] = []
         assert registry.change(OURS, decide, NewFile(DIGEST, put)).is_new
@@ -188,7 +188,7 @@ class TestClock:
 
         def decide(draft: Draft) -> Published:
             new = new_version(DIGEST, LAYOUT)
-            return add_version(draft, "t", new, activate=None, precondition=ANY, limits=None, now_s=0.0)
+            return add_version(draft, "t", new, activate=None, precondition=ANY, within_limits=False, now_s=0.0)
 
         assert registry.change(OURS, decide, NewFile(DIGEST, put)).is_new
         assert num_puts == 2
@@ -263,7 +263,7 @@ class TestAway:
 
         def decide(draft: Draft) -> None:
             nonlocal num_decided
-            draft.check_tenant()
+            assert draft.account.name == OURS
             draft.put(Task(OURS, "t", 0, None, None, False, ()))
             num_decided += 1
             registry.update_tenant(OURS, lambda _: None)

@@ -18,7 +18,7 @@ from prefix_store.store import PrefixStore
 from prefix_store.tenants import SCOPES, Tenant, new_key
 from prefix_store.usage import Usage
 from tests.prefix_store.redis_process import RedisProcess
-from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, ensemble, publish
+from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, ensemble, make_tenants, publish
 
 
 @pytest.fixture(params=["to redis", "to sqlite"])
@@ -31,6 +31,7 @@ def both(request: pytest.FixtureRequest, redis_process: RedisProcess, tmp_path: 
 
 def fill(registry: Registry, tmp_path: Path) -> PrefixStore:
     store = PrefixStore(registry, Blobs(tmp_path / "blobs"), SHAPE)
+    make_tenants(registry, OURS, THEIRS)
     for tenant in (OURS, THEIRS):
         made = Tenant(tenant, keys=(new_key(SCOPES, 1.5)[1],))
         registry.update_tenant(tenant, lambda _, made=made: made)  # type: ignore[misc]
