@@ -31,6 +31,7 @@ from prefix_store.prefix import Layout, ModelShape, Prefix
 from prefix_store.registry import NewFile, Registry
 from prefix_store.task import ANY, NewVersion, Precondition, Task, Version
 from prefix_store.task_changes import DeviceBytes, Published
+from prefix_store.tenants import is_tenant_name
 
 T = TypeVar("T")
 MAX_NOTE = 200
@@ -163,19 +164,25 @@ class PrefixStore:
         """Raises InvalidArtefactError for a name that a task cannot have."""
         check_name(task, self._shape)
 
-    def resolve(self, tenant: str, ref: str, session: str | None = None) -> Version:
+    def resolve(self, tenant: str, ref: str, session: str | None = None, *, any_owner: bool = False) -> Version:
         """The version that `T`, `T@V`, `owner/T` or `owner/T@V` means for a request of this session. Raises
         NotFoundError, the same for a task of others that is not there and one that is not shared; DisabledError,
         IncompatibleError."""
         parsed = parse_ref(ref)
-        task = self._usable_task(tenant, parsed)
+        task = self.usable_task(tenant, parsed, any_owner=any_owner)
         if task.is_disabled:
             raise DisabledError(f"task {parsed.name!r} is disabled")
         return self._checked(task.choose(session) if parsed.version is None else task.find(parsed.version))
 
-    def _usable_task(self, tenant: str, ref: TaskRef) -> Task:
+    def usable_task(self, tenant: str, ref: TaskRef, *, any_owner: bool = False) -> Task:
+        """The tenant's own task, or another's that is shared with it; with `any_owner`, as an operator asks, any.
+        Raises NotFoundError."""
         if ref.owner is None or ref.owner == tenant:
             return self.get_task(tenant, ref.task)
+        if not is_task_name(ref.task) or not is_tenant_name(ref.owner):
+            raise NotFoundError(f"no task {ref.name[:140]!r}")
+        if any_owner:
+            return self.get_task(ref.owner, ref.task)
         if self._registry.is_shared(ref.owner, ref.task, tenant):
             found = self._registry.get_task(ref.owner, ref.task)
             if found is not None and found.is_shared_with(tenant):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import hmac
 import secrets
@@ -10,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from prefix_store import task_patterns
 from prefix_store.errors import ConflictError, InvalidTenantError, NotFoundError
 from prefix_store.names import TASK
 
@@ -62,7 +62,13 @@ class Key:
 
     def allows_task(self, task: str | None) -> bool:
         """None: the bare model, which only `*` and a key without patterns allow. Of `owner/T` the whole is matched."""
-        return not self.tasks or any(fnmatch.fnmatchcase(task or "", pattern) for pattern in self.tasks)
+        return not self.tasks or any(task_patterns.matches(pattern, task or "") for pattern in self.tasks)
+
+    def covers_tasks(self, patterns: Iterable[str]) -> bool:
+        """Whether the key is for all that these patterns match; none: every task."""
+        wanted = tuple(patterns) or (task_patterns.ALL,)
+        own = self.tasks or (task_patterns.ALL,)
+        return all(any(task_patterns.covers(each, pattern) for each in own) for pattern in wanted)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,7 @@ RULES = tuple(
         ("GET", r"/metrics", "metrics"),
         ("POST", GENERATING, "generate"),
         ("PUT", r"/v1/prefixes/.*", "upload"),
-        ("GET", r"/v1/prefixes/.*/file", "upload"),
+        ("GET", r"/v1/prefixes/.*/versions/[^/]*/file", "upload"),
         ("POST DELETE", r"/v1/prefixes/.*", "publish"),
         ("GET", r"/v1/tenants/[^/]*|/v1/audit|/v1/usage", "admin"),
         ("POST DELETE", r"/v1/tenants/[^/]*/keys(/.*)?", "admin"),
@@ -89,6 +90,24 @@ class Caller:
         """Raises RequestError 403."""
         if not self.may(scope):
             raise RequestError(403, f"this key may {', '.join(sorted(self.scopes))}; {scope} is needed")
+
+    def check_route(self, scope: str, method: str, path: str) -> None:
+        """A key needs the scope, but to end itself. Raises RequestError 403."""
+        is_own_end = self.key is not None and path == f"/v1/tenants/{self.tenant.name}/keys/{self.key.id}"
+        if not (is_own_end and method == "DELETE"):
+            self.check_scope(scope)
+
+    @property
+    def is_for_every_task(self) -> bool:
+        return self.key is None or self.key.covers_tasks(())
+
+    def covers_tasks(self, tenant: str, patterns: Iterable[str]) -> bool:
+        """Whether the key is for all tasks that a key of `tenant` with these patterns is for."""
+        if self.key is None:
+            return True
+        if tenant != self.tenant.name:
+            patterns = [f"{tenant}/{pattern}" for pattern in patterns] or [f"{tenant}/*"]
+        return self.key.covers_tasks(patterns)
 
     def allows_task(self, task: str | None) -> bool:
         """`OWNER/T` of its own is `T`."""
@@ -214,7 +233,7 @@ async def check_again(request: Request) -> None:
     needed = needed_scope(request.method, request.scope["route"].path, otherwise="operator")
     if needed is not None:
         caller = request.app.state.prefixserve.keys.caller(request.headers.get("authorization"))
-        caller.check_scope(needed)
+        caller.check_route(needed, request.method, request.scope["path"])
         request.state.caller = caller
 
 
