@@ -28,6 +28,7 @@ from prefix_store.names import TaskRef, is_task_name, known_version, parse_ref
 from prefix_store.native_format import digest_of, read_native, write_native
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import Layout, ModelShape, Prefix
+from prefix_store.printable import first_unprintable
 from prefix_store.registry import NewFile, Registry
 from prefix_store.task import ANY, NewVersion, Precondition, Task, Version
 from prefix_store.task_changes import DeviceBytes, Published
@@ -150,6 +151,8 @@ class PrefixStore:
         self.check_name(task)
         if len(note) > MAX_NOTE:
             raise InvalidArtefactError(f"note must be <= {MAX_NOTE} characters, got {len(note)}")
+        if found := first_unprintable(note):
+            raise InvalidArtefactError(f"note must be printable text on one line, got {found}")
         return NewVersion(
             digest=digest,
             content=content,

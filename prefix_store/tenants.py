@@ -12,6 +12,7 @@ from typing import Any
 from prefix_store import task_patterns
 from prefix_store.errors import ConflictError, InvalidTenantError, NotFoundError
 from prefix_store.names import TASK
+from prefix_store.printable import first_unprintable
 
 DEFAULT_TENANT = "default"
 SCOPES = ("generate", "upload", "publish", "admin")  # of a tenant
@@ -167,6 +168,9 @@ def new_key(
         raise InvalidTenantError(f"scopes must be some of {', '.join(known)}, got {got[:200]}")
     if len(patterns) > MAX_PATTERNS or not all(0 < len(pattern) <= MAX_PATTERN for pattern in patterns):
         raise InvalidTenantError(f"tasks must be <= {MAX_PATTERNS} patterns of 1 to {MAX_PATTERN} characters each")
+    for pattern in patterns:
+        if found := first_unprintable(pattern):
+            raise InvalidTenantError(f"tasks must be patterns of printable characters, got {found}")
     text = f"ps_{secrets.token_urlsafe(KEY_BYTES)}"
     return text, Key(secrets.token_hex(6), key_digest(text), wanted, now_s, patterns, expires_at_s)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +10,7 @@ import typer
 
 from server.client import Client
 from server.options import LOCAL, AcceptBase, ApiKey, AsJson, Index, ModelOption, Url, option, settings_of
-from server.terminal import fail, plain_errors, print_json, print_table, show, upload_bar
+from server.terminal import fail, plain_errors, print_json, print_table, print_text, say, show, upload_bar
 
 app = typer.Typer()
 
@@ -74,7 +73,7 @@ def _push(client: Client, task: str, path: Path, as_json: bool, **more: Any) -> 
 
 
 def _show_pushed(manifest: dict[str, Any]) -> None:
-    print(
+    say(
         f"{manifest['task']}@{manifest['version']} {manifest['digest'][:12]} {manifest['kind']}, "
         f"{manifest['num_virtual_tokens']} virtual tokens, base {manifest['base']}, active {manifest['active']}"
     )
@@ -177,13 +176,13 @@ def generate(
             if as_json:
                 print_json(answer)
             else:
-                print(answer["generated_text"])
+                print_text(answer["generated_text"])
             return
         for event in client.generate_stream(task, text, max_new_tokens):
             if as_json:
-                print(json.dumps(event, ensure_ascii=False), flush=True)
+                print_json(event, indent=None)
             else:
-                print(event["token"]["text"], end="", flush=True)
+                print_text(event["token"]["text"], end="")
         if not as_json:
             print()
 

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from prefix_store import errors as store_errors
+from prefix_store.printable import escaped
 from server.api.schemas import UNSUPPORTED
 from server.engine import errors as engine_errors
 
@@ -99,9 +100,8 @@ def error_response(
 
 
 def _sendable(text: str) -> str:
-    """Bounded, and UTF-8 whatever the caller sent."""
-    cut = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…"
-    return cut.encode("utf-8", "replace").decode()
+    """Bounded, and printable whatever the caller sent."""
+    return escaped(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…")
 
 
 def openai_error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
