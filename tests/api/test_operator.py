@@ -36,8 +36,8 @@ def names(served: Served, **query: object) -> list[str]:
     return found
 
 
-def cli(served: Served, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "server", *arguments, "--url", served.url, "--api-key", OPERATOR_KEY]
+def cli(served: Served, *arguments: str, key: str = OPERATOR_KEY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server", *arguments, "--url", served.url, "--api-key", key]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -219,6 +219,18 @@ class TestSharing:
             assert friend.http.post(f"/v1/prefixes/north/films/{act}", json=body).status_code == 404
         assert friend.http.post("/v1/prefixes/north/films/share", json={"tenants": []}).status_code == 404
         assert films.http.get("/v1/prefixes/films").json()["shared_with"] == ["default", "friend-of-north"]
+
+    def test_the_command_line_shows_what_is_shared(self, keyed: Served, films: Served) -> None:
+        key = keyed.http.put("/v1/tenants/reader").json()["key"]
+        assert films.http.post("/v1/prefixes/films/share", json={"tenants": ["reader"]}).status_code == 200
+        listed = cli(keyed, "list", key=key)
+        assert listed.returncode == 0, listed.stderr
+        (line,) = (line for line in listed.stdout.splitlines() if "north/films" in line)
+        assert line.count("north") == 2, "the owner stands beside"
+        shown = cli(keyed, "show", "north/films", key=key)
+        assert (shown.returncode, "owner: north" in shown.stdout) == (0, True), shown.stderr
+        assert cli(keyed, "show", "north/films@2", key=key).returncode == 0
+        assert cli(keyed, "show", "north/absent", key=key).returncode == 1
 
     def test_a_task_is_not_shared_with_a_tenant_that_is_not_there(self, films: Served) -> None:
         refused = films.http.post("/v1/prefixes/films/share", json={"tenants": ["nobody-there"]})

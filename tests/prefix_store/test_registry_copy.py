@@ -54,6 +54,8 @@ def test_everything_is_there_and_goes_on(both: list[Registry], tmp_path: Path) -
     made = copy(source, target)
     assert (made.num_tasks, len(made.tenants), len(made.audit), len(made.usage)) == (4, 2, 18, 2)
     assert replace(contents(target), tenants={}) == replace(contents(source), tenants={})
+    for tenant_name in (OURS, THEIRS):
+        assert target.list_audit(tenant_name, 99, None) == source.list_audit(tenant_name, 99, None)
     for tenant in source.list_tenants():
         assert replace(tenant, revision=0) == replace(target.get_tenant(tenant.name) or tenant, revision=0)
     assert target.pinned_tasks() == source.pinned_tasks()
