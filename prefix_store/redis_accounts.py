@@ -61,11 +61,9 @@ class RedisAccounts:
             if leaves_a_key:
                 accounts.check_key_left(name, after)
             entries = tuple(record(after))
-            if after == before:
-                for entry in entries:
-                    self.append_audit(entry)
+            if after == before and not entries:
                 return before
-            after = changed_from(before, after)
+            after = before if after == before else changed_from(before, after)
             document = "" if after is None else write_tenant(after)
             with self._server.answering() as client:
                 is_done = self._update_tenant(

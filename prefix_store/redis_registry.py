@@ -91,13 +91,12 @@ class RedisRegistry(RedisAccounts, Registry):
                 if self._revisions(tenant) == found:
                     raise
                 continue
-            if not draft.is_changed:
+            if not draft.is_changed and not draft.audit:
                 if self._revisions(tenant) == found:
-                    for entry in draft.audit:
-                        self.append_audit(entry)
                     return result
                 continue
-            outcome = self._write(draft.write(), found, "" if file is None else file.digest, token)
+            digest = "" if file is None else file.digest
+            outcome = self._write(draft.write(), found, digest, token, is_told_only=not draft.is_changed)
             if outcome == "done":
                 return result
             if outcome == "lost":
@@ -206,7 +205,9 @@ class RedisRegistry(RedisAccounts, Registry):
             documents = pipeline.execute()
         return [read_task(document) for document in documents if document is not None]
 
-    def _write(self, write: Write, expected: Revisions, digest: str = "", token: str = "") -> str:
+    def _write(
+        self, write: Write, expected: Revisions, digest: str = "", token: str = "", *, is_told_only: bool = False
+    ) -> str:
         tenant = write.tenant
         change: dict[str, Any] = {
             "tenant": tenant,
@@ -223,6 +224,7 @@ class RedisRegistry(RedisAccounts, Registry):
             "names": json.dumps(sorted(write.tasks)),
             "audit": [write_audit(entry) for entry in write.audit],
             "removes_tenant": write.removes_tenant,
+            "is_told_only": is_told_only,
         }
         written = [keys.REVISIONS, keys.NUM_VERSIONS, keys.NUM_BYTES, keys.tasks(tenant), keys.names(tenant)]
         told = [*keys.appended(tenant), keys.TENANTS, keys.TENANTS_REVISION]

@@ -30,7 +30,8 @@ end
 # ARGV: the change in JSON: `tenant`, `expected` and `expected_tenants` (the revisions of its tasks and of all tenants
 #       that it was decided on), `revision` (the new one), `token` (of its lease; empty: none), `documents` {name:
 #       document}, `gone` [name], `added` and `removed` [line of ENTRIES], `num_versions` and `num_bytes` (by how many
-#       they grow), `names` (of the event), `audit` [document], `removes_tenant`; the channel; how many events are kept
+#       they grow), `names` (of the event), `audit` [document], `removes_tenant`, `is_told_only` (nothing but the audit
+#       is written); the channel; how many events are kept
 # Returns: `done`; `changed` where one of the two revisions is another one; `lost` where the lease has ended. Only
 #       `done` wrote.
 COMMIT = (
@@ -45,6 +46,8 @@ if change.token ~= '' then
     local ends = redis.call('HGET', KEYS[8], change.token)
     if not ends or tonumber(ends) <= now_ms() then return 'lost' end
 end
+append(KEYS[9], KEYS[10], KEYS[11], change.audit)
+if change.is_told_only then return 'done' end
 for name, document in pairs(change.documents) do
     redis.call('HSET', KEYS[4], name, document)
     redis.call('ZADD', KEYS[5], 0, name)
@@ -65,7 +68,6 @@ if change.removes_tenant then
     local number = redis.call('INCR', KEYS[13])
     redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[3], '*', 'tenants', tenant, 'revision', number)
 end
-append(KEYS[9], KEYS[10], KEYS[11], change.audit)
 redis.call('PUBLISH', ARGV[2], revision)
 return 'done'
 """
