@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from prefix_store.audit import SERVER, AuditEntry, Author
+from prefix_store.accounts import Accounts
+from prefix_store.audit import SERVER, TASK_ACTIONS, AuditEntry, Author
 from prefix_store.ensemble import Ensemble
-from prefix_store.entries import entries_of, member_entry
+from prefix_store.entries import PINNED, entries_of, member_entry
 from prefix_store.errors import NotFoundError
 from prefix_store.task import Task
-from prefix_store.tenants import DEFAULT_TENANT
+from prefix_store.tenants import Tenant, known_tenant
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Write:
     removed: tuple[tuple[str, str], ...]
     grown: Stored
     audit: tuple[AuditEntry, ...] = ()
-    needs_tenant: bool = False  # nothing is written where the tenant is gone
+    removes_tenant: bool = False
 
 
 class Draft:
     """`read` gives a task by name and `holders` the names of the tenant's tasks under an entry, both as they are at
-    `revision`; what was put or removed here is seen from then on. It is `by` whom the audit says. `has_tenant` asks
-    the registry."""
+    `revision`; what was put or removed here is seen from then on. It is `by` whom the audit says. `accounts` are the
+    tenants at that moment too."""
 
     def __init__(
         self,
@@ -55,15 +56,15 @@ class Draft:
         read: Callable[[str], Task | None],
         holders: Callable[[str], list[str]],
         names: Callable[[], list[str]],
-        has_tenant: Callable[[], bool],
+        accounts: Accounts,
         by: Author = SERVER,
     ) -> None:
         self.tenant = tenant
         self.revision = revision
         self.stored = stored
         self.names = names
-        self._has_tenant = has_tenant
-        self._needs_tenant = False
+        self.accounts = accounts
+        self._removes_tenant = False
         self._by = by
         self._read = read
         self._holders = holders
@@ -71,11 +72,17 @@ class Draft:
         self._after: dict[str, Task | None] = {}
         self._audit: list[AuditEntry] = []
 
-    def check_tenant(self) -> None:
-        """The change is one of a tenant that is there, also when it is written. Raises NotFoundError."""
-        self._needs_tenant = self.tenant != DEFAULT_TENANT
-        if self._needs_tenant and not self._has_tenant():
-            raise NotFoundError(f"no tenant {self.tenant!r}")
+    def check_author(self) -> None:
+        """Raises KeyEndedError, SuspendedError."""
+        self.accounts.check_author(self._by)
+
+    @property
+    def account(self) -> Tenant:
+        """The tenant itself. Raises NotFoundError where it is gone."""
+        return known_tenant(self.tenant, self.accounts.get(self.tenant))
+
+    def remove_tenant(self) -> None:
+        self._removes_tenant = True
 
     def get(self, name: str) -> Task | None:
         if name not in self._after:
@@ -90,9 +97,12 @@ class Draft:
         return found
 
     def put(self, task: Task) -> Task:
-        """The task as it will be, with its new revision."""
+        """The task as it will be, with its new revision. A task counts its own changes, from a number that no task of
+        this name had before."""
         self.get(task.name)
-        found = self._after[task.name] = replace(task, revision=self.revision + 1)
+        before = self._before[task.name]
+        revision = (self if before is None else before).revision + 1
+        found = self._after[task.name] = replace(task, revision=revision)
         return found
 
     def adopt(self, name: str, task: Task | None) -> None:
@@ -106,6 +116,7 @@ class Draft:
 
     def record(self, action: str, subject: str) -> None:
         """Append this to the tenant's audit with the change, also where that leaves all as it was."""
+        assert action in TASK_ACTIONS
         self._audit.append(self._by.entry(self.tenant, action, subject))
 
     def users(self, task: str, version: int) -> list[str]:
@@ -119,9 +130,13 @@ class Draft:
                     found.append(f"{name}@{each.version}")
         return found
 
+    def pinned(self) -> list[Task]:
+        """The tenant's tasks that are pinned, as the registry has them."""
+        return [self.present(name) for name in self._holders(PINNED)]
+
     @property
     def is_changed(self) -> bool:
-        return any(self._before[name] is not after for name, after in self._after.items())
+        return self._removes_tenant or any(self._before[name] is not after for name, after in self._after.items())
 
     @property
     def audit(self) -> tuple[AuditEntry, ...]:
@@ -138,7 +153,7 @@ class Draft:
             removed += [(entry, name) for entry in sorted(old - new)]
             grown += _stored(after) - _stored(self._before[name])
         return Write(
-            self.tenant, self.revision + 1, tasks, tuple(added), tuple(removed), grown, self.audit, self._needs_tenant
+            self.tenant, self.revision + 1, tasks, tuple(added), tuple(removed), grown, self.audit, self._removes_tenant
         )
 
 

@@ -6,6 +6,8 @@ PrefixStoreError
 ├── ArtefactTooLargeError       more bytes or virtual tokens than the limit
 ├── InvalidTenantError          a tenant's name, key or limits are wrong
 ├── InvalidChangeError          weights or shares that a task cannot have
+├── KeyEndedError               the author's key ended before the change was written
+├── SuspendedError              the author's tenant was suspended before
 ├── NotFoundError               no such task or version for this tenant
 ├── ConflictError               the task's state forbids it
 │   └── IncompatibleError       stored for another model than the one served
@@ -46,6 +48,14 @@ class InvalidTenantError(PrefixStoreError):
 
 class InvalidChangeError(PrefixStoreError):
     """Weights or shares that cannot be."""
+
+
+class KeyEndedError(PrefixStoreError):
+    """The key that a change was asked with is no longer there."""
+
+
+class SuspendedError(PrefixStoreError):
+    """The tenant whose key a change was asked with is suspended."""
 
 
 class NotFoundError(PrefixStoreError):

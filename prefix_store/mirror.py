@@ -87,9 +87,12 @@ class Mirror(LocalCopy):
         name: str,
         change: Callable[[Tenant | None], Tenant | None],
         record: Callable[[Tenant | None], Iterable[AuditEntry]] = no_entries,
+        *,
+        by: Author = SERVER,
+        leaves_a_key: bool = False,
     ) -> Tenant | None:
         self._check_followed()
-        result = self._shared.update_tenant(name, change, record)
+        result = self._shared.update_tenant(name, change, record, by=by, leaves_a_key=leaves_a_key)
         self._catch_up()
         return result
 

@@ -11,6 +11,7 @@ import torch
 
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.prefix import PARTS, ModelShape, Prefix
+from prefix_store.printable import first_unprintable
 from prefix_store.safetensors_header import Header, load_tensors, max_header_bytes, read_header
 from prefix_store.validation import check_architecture, validate
 
@@ -117,8 +118,10 @@ def _checked_metadata(header: Header) -> dict[str, str]:
         raise InvalidArtefactError(f"__metadata__ has {_some(unknown)}; known are {', '.join(sorted(METADATA_KEYS))}")
     for key in ("base_model", "fingerprint"):
         text = metadata.get(key, "")
-        if len(text) > MAX_TEXT or not text.isprintable():
+        if len(text) > MAX_TEXT:
             raise InvalidArtefactError(f"__metadata__.{key} must be <= {MAX_TEXT} printable characters")
+        if found := first_unprintable(text):
+            raise InvalidArtefactError(f"__metadata__.{key} must be printable text on one line, got {found}")
     return metadata
 
 

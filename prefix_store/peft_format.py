@@ -16,6 +16,7 @@ from prefix_store.bounded_json import read_json_object, shown
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.fold import split_slots
 from prefix_store.prefix import Layers, ModelShape, Prefix
+from prefix_store.printable import first_unprintable
 from prefix_store.safetensors_header import Header, load_tensors, max_header_bytes, read_header
 from prefix_store.validation import check_rank, check_values, validate
 
@@ -85,8 +86,10 @@ def _checked_config(config: bytes) -> dict[str, Any]:
     if _has_remote_code(fields):
         raise InvalidArtefactError("trust_remote_code must be false everywhere, got true")
     base = fields.get("base_model_name_or_path")
-    if base is not None and (not isinstance(base, str) or len(base) > 500 or not base.isprintable()):
+    if base is not None and (not isinstance(base, str) or len(base) > 500):
         raise InvalidArtefactError("base_model_name_or_path must be a text of at most 500 printable characters")
+    if base is not None and (found := first_unprintable(base)):
+        raise InvalidArtefactError(f"base_model_name_or_path must be printable text on one line, got {found}")
     return fields
 
 

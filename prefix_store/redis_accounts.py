@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from prefix_store import redis_keys as keys
-from prefix_store.audit import AuditEntry, no_entries
+from prefix_store.accounts import Accounts
+from prefix_store.audit import SERVER, AuditEntry, Author, no_entries
 from prefix_store.buckets import Taken
 from prefix_store.documents import read_audit, read_tenant, write_audit, write_tenant
 from prefix_store.errors import UnavailableError
 from prefix_store.redis_scripts import ADD_USAGE, APPEND_AUDIT, TAKE, UPDATE_TENANT
 from prefix_store.redis_server import RedisServer
-from prefix_store.tenants import Tenant
+from prefix_store.tenants import Tenant, changed_from
 from prefix_store.usage import BATCH_REMEMBERED_S, COUNTS, FLOAT_COUNT, Usage
 
 MAX_EVENTS = 10_000
@@ -47,18 +48,22 @@ class RedisAccounts:
         name: str,
         change: Callable[[Tenant | None], Tenant | None],
         record: Callable[[Tenant | None], Iterable[AuditEntry]] = no_entries,
+        *,
+        by: Author = SERVER,
+        leaves_a_key: bool = False,
     ) -> Tenant | None:
+        accounts = Accounts(self.get_tenant, self.list_tenants)
         for _ in range(MAX_TRIES):
-            revision = self.tenants_revision()
-            before = self.get_tenant(name)  # a later one than `revision` is found out by the script
+            revision = self.tenants_revision()  # what is read later than it was read is found out by the script
+            accounts.check_author(by)
+            before = accounts.get(name)
             after = change(before)
+            if leaves_a_key:
+                accounts.check_key_left(name, after)
             entries = tuple(record(after))
-            if after == before:
-                for entry in entries:
-                    self.append_audit(entry)
+            if after == before and not entries:
                 return before
-            if after is not None:
-                after = replace(after, revision=revision + 1)
+            after = before if after == before else changed_from(before, after)
             document = "" if after is None else write_tenant(after)
             with self._server.answering() as client:
                 is_done = self._update_tenant(

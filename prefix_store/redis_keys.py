@@ -9,12 +9,12 @@ NUM_VERSIONS = f"{PREFIX}:num_versions"  # hash: tenant -> versions that it stor
 NUM_BYTES = f"{PREFIX}:num_bytes"  # hash: tenant -> bytes of their files
 ENTRIES = f"{PREFIX}:entries"  # sorted set, all of score 0: lines `ENTRY TENANT/TASK`
 TENANTS = f"{PREFIX}:tenants"  # hash: name -> document
-TENANTS_REVISION = f"{PREFIX}:tenants_revision"  # string: a number
+TENANTS_REVISION = f"{PREFIX}:tenants_revision"  # string: a number, of all tenants
 EVENTS = f"{PREFIX}:events"  # stream: what changed, of late
 HINTS = f"{PREFIX}:hints"  # channel: something changed
 IDENTITY = f"{PREFIX}:identity"  # string: made when the data was
 REPLICAS = f"{PREFIX}:replicas"  # sorted set: id -> until when it counts, in ms
-AUDIT_NUMBER = f"{PREFIX}:audit_number"  # string: the last entry's number
+AUDIT_NUMBER = f"{PREFIX}:audit_number"  # string: the last entry's number, over all tenants
 USAGE_ROWS = f"{PREFIX}:usage_rows"  # sorted set, all of score 0: lines `DAY TENANT TASK VERSION`
 
 
@@ -34,7 +34,7 @@ def appended(tenant: str) -> list[str]:
 
 
 def audit(tenant: str | None) -> str:
-    """Sorted set by number: lines `NUMBER DOCUMENT`, of one tenant or all."""
+    """Sorted set by number, which counts in this set: lines `NUMBER DOCUMENT`, of one tenant or all."""
     return f"{PREFIX}:audit" if tenant is None else f"{PREFIX}:audit:{tenant}"
 
 

@@ -6,11 +6,12 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from prefix_store import redis_keys as keys
+from prefix_store.accounts import Accounts
 from prefix_store.audit import SERVER, Author
 from prefix_store.documents import read_task, write_audit, write_task
 from prefix_store.draft import Draft, Stored, Write
@@ -29,10 +30,18 @@ MAX_BACKOFF_S = 0.05
 BUCKET_S = 0.5
 
 
+@dataclass(frozen=True)
+class Revisions:
+    """What a change is decided on: of the tenant's tasks, and of all tenants."""
+
+    tasks: int
+    tenants: int
+
+
 class RedisRegistry(RedisAccounts, Registry):
-    """Implements `Registry`. A change is decided on the tenant's documents as they are at one revision, and committed
-    if the tenant still has it; else it is decided again. What was acknowledged survives a kill of Redis where it runs
-    with `appendonly yes` and `appendfsync always`.
+    """Implements `Registry`. A change is decided on the tenant's documents and on all tenants as they are at one
+    revision each, and committed if both still hold; else it is decided again. What was acknowledged survives a kill of
+    Redis where it runs with `appendonly yes` and `appendfsync always`.
 
     `url` as `RedisServer` takes it. Nothing is sent before the first call.
     """
@@ -73,20 +82,21 @@ class RedisRegistry(RedisAccounts, Registry):
 
     def _change(self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None, token: str, by: Author) -> T:
         for i in range(MAX_TRIES):
+            found = self._revisions(tenant)
             draft = self._draft(tenant, by)
             try:
+                draft.check_author()
                 result = decide(draft)
             except PrefixStoreError:
-                if self._revision(tenant) == draft.revision:
+                if self._revisions(tenant) == found:
                     raise
                 continue
-            if not draft.is_changed:
-                if self._revision(tenant) == draft.revision:
-                    for entry in draft.audit:
-                        self.append_audit(entry)
+            if not draft.is_changed and not draft.audit:
+                if self._revisions(tenant) == found:
                     return result
                 continue
-            outcome = self._write(draft.write(), draft.revision, "" if file is None else file.digest, token)
+            digest = "" if file is None else file.digest
+            outcome = self._write(draft.write(), found, digest, token, is_told_only=not draft.is_changed)
             if outcome == "done":
                 return result
             if outcome == "lost":
@@ -96,12 +106,13 @@ class RedisRegistry(RedisAccounts, Registry):
         raise UnavailableError(f"the tasks of {tenant!r} were changed {MAX_TRIES} times while one was to be changed")
 
     def adopt(self, tenant: str, revision: int, tasks: Mapping[str, Task | None], *, are_all: bool = False) -> None:
+        found = self._revisions(tenant)
         draft = self._draft(tenant)
         for name in draft.names() if are_all else ():
             draft.adopt(name, tasks.get(name))
         for name, task in tasks.items():
             draft.adopt(name, task)
-        if self._write(replace(draft.write(), revision=revision), draft.revision) != "done":
+        if self._write(replace(draft.write(), revision=revision), found) != "done":
             raise ConflictError(f"the tasks of {tenant!r} were changed meanwhile")
 
     def revisions(self) -> dict[str, int]:
@@ -158,15 +169,14 @@ class RedisRegistry(RedisAccounts, Registry):
             revision, num_versions, num_bytes = (int(found or 0) for found in pipeline.execute())
         read, holders = partial(self.get_task, tenant), partial(self._own_holders, tenant)
         stored, names = Stored(num_versions, num_bytes), partial(self._names, tenant)
-        return Draft(tenant, revision, stored, read, holders, names, partial(self._has_tenant, tenant), by)
+        accounts = Accounts(self.get_tenant, self.list_tenants)
+        return Draft(tenant, revision, stored, read, holders, names, accounts, by)
 
-    def _revision(self, tenant: str) -> int:
-        with self._server.answering() as client:
-            return int(client.hget(keys.REVISIONS, tenant) or 0)
-
-    def _has_tenant(self, tenant: str) -> bool:
-        with self._server.answering() as client:
-            return bool(client.hexists(keys.TENANTS, tenant))
+    def _revisions(self, tenant: str) -> Revisions:
+        with self._server.answering() as client, client.pipeline(transaction=True) as pipeline:
+            pipeline.hget(keys.REVISIONS, tenant)
+            pipeline.get(keys.TENANTS_REVISION)
+            return Revisions(*(int(found or 0) for found in pipeline.execute()))
 
     def _names(self, tenant: str) -> list[str]:
         with self._server.answering() as client:
@@ -195,11 +205,14 @@ class RedisRegistry(RedisAccounts, Registry):
             documents = pipeline.execute()
         return [read_task(document) for document in documents if document is not None]
 
-    def _write(self, write: Write, expected: int, digest: str = "", token: str = "") -> str:
+    def _write(
+        self, write: Write, expected: Revisions, digest: str = "", token: str = "", *, is_told_only: bool = False
+    ) -> str:
         tenant = write.tenant
         change: dict[str, Any] = {
             "tenant": tenant,
-            "expected": expected,
+            "expected": expected.tasks,
+            "expected_tenants": expected.tenants,
             "revision": write.revision,
             "token": token,
             "documents": {name: write_task(task) for name, task in write.tasks.items() if task is not None},
@@ -210,10 +223,11 @@ class RedisRegistry(RedisAccounts, Registry):
             "num_bytes": write.grown.num_bytes,
             "names": json.dumps(sorted(write.tasks)),
             "audit": [write_audit(entry) for entry in write.audit],
-            "needs_tenant": write.needs_tenant,
+            "removes_tenant": write.removes_tenant,
+            "is_told_only": is_told_only,
         }
         written = [keys.REVISIONS, keys.NUM_VERSIONS, keys.NUM_BYTES, keys.tasks(tenant), keys.names(tenant)]
-        told = [*keys.appended(tenant), keys.TENANTS]
+        told = [*keys.appended(tenant), keys.TENANTS, keys.TENANTS_REVISION]
         with self._server.answering() as client:
             outcome: str = self._commit(
                 keys=[*written, keys.ENTRIES, keys.EVENTS, keys.leases(tenant, digest), *told],

@@ -10,28 +10,30 @@ end
 """
 
 # KEYS: AUDIT_NUMBER, audit of all, audit of the tenant, wherever entries are appended
-# Returns: the number of the last of these documents
+# Returns: the number of the last of these documents in the tenant's audit
 APPEND = """
 local function append(number_key, all_key, tenant_key, documents)
-    local number
+    local last = redis.call('ZREVRANGE', tenant_key, 0, 0, 'WITHSCORES')
+    local own = tonumber(last[2] or '0')
     for _, document in ipairs(documents) do
-        number = redis.call('INCR', number_key)
-        local line = string.format('%.0f %s', number, document)
-        redis.call('ZADD', all_key, number, line)
-        redis.call('ZADD', tenant_key, number, line)
+        local number = redis.call('INCR', number_key)
+        own = own + 1
+        redis.call('ZADD', all_key, number, string.format('%.0f %s', number, document))
+        redis.call('ZADD', tenant_key, own, string.format('%.0f %s', own, document))
     end
-    return number
+    return own
 end
 """
 
 # KEYS: REVISIONS, NUM_VERSIONS, NUM_BYTES, tasks, names, ENTRIES, EVENTS, leases of the change's file (any key if
-#       none), AUDIT_NUMBER, audit of all, audit of the tenant, TENANTS
-# ARGV: the change in JSON: `tenant`, `expected` (the revision that it was decided on), `revision` (the new one),
-#       `token` (of its lease; empty: none), `documents` {name: document}, `gone` [name], `added` and `removed` [line of
-#       ENTRIES], `num_versions` and `num_bytes` (by how many they grow), `names` (of the event), `audit` [document],
-#       `needs_tenant`; the channel; how many events are kept
-# Returns: `done`; `changed` where the tenant has another revision or, if the change needs it, is gone; `lost` where the
-#       lease has ended. Only `done` wrote.
+#       none), AUDIT_NUMBER, audit of all, audit of the tenant, TENANTS, TENANTS_REVISION
+# ARGV: the change in JSON: `tenant`, `expected` and `expected_tenants` (the revisions of its tasks and of all tenants
+#       that it was decided on), `revision` (the new one), `token` (of its lease; empty: none), `documents` {name:
+#       document}, `gone` [name], `added` and `removed` [line of ENTRIES], `num_versions` and `num_bytes` (by how many
+#       they grow), `names` (of the event), `audit` [document], `removes_tenant`, `is_told_only` (nothing but the audit
+#       is written); the channel; how many events are kept
+# Returns: `done`; `changed` where one of the two revisions is another one; `lost` where the lease has ended. Only
+#       `done` wrote.
 COMMIT = (
     NOW_MS
     + APPEND
@@ -39,11 +41,13 @@ COMMIT = (
 local change = cjson.decode(ARGV[1])
 local tenant = change.tenant
 if tonumber(redis.call('HGET', KEYS[1], tenant) or '0') ~= change.expected then return 'changed' end
-if change.needs_tenant and redis.call('HEXISTS', KEYS[12], tenant) == 0 then return 'changed' end
+if tonumber(redis.call('GET', KEYS[13]) or '0') ~= change.expected_tenants then return 'changed' end
 if change.token ~= '' then
     local ends = redis.call('HGET', KEYS[8], change.token)
     if not ends or tonumber(ends) <= now_ms() then return 'lost' end
 end
+append(KEYS[9], KEYS[10], KEYS[11], change.audit)
+if change.is_told_only then return 'done' end
 for name, document in pairs(change.documents) do
     redis.call('HSET', KEYS[4], name, document)
     redis.call('ZADD', KEYS[5], 0, name)
@@ -59,7 +63,11 @@ redis.call('HINCRBY', KEYS[3], tenant, change.num_bytes)
 local revision = string.format('%.0f', change.revision)
 redis.call('HSET', KEYS[1], tenant, revision)
 redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[3], '*', 'tenant', tenant, 'revision', revision, 'names', change.names)
-append(KEYS[9], KEYS[10], KEYS[11], change.audit)
+if change.removes_tenant then
+    redis.call('HDEL', KEYS[12], tenant)
+    local number = redis.call('INCR', KEYS[13])
+    redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[3], '*', 'tenants', tenant, 'revision', number)
+end
 redis.call('PUBLISH', ARGV[2], revision)
 return 'done'
 """
@@ -95,7 +103,7 @@ return 1
 
 # KEYS: AUDIT_NUMBER, audit of all, audit of the tenant
 # ARGV: the document
-# Returns: its number
+# Returns: its number in the tenant's audit
 APPEND_AUDIT = APPEND + "return append(KEYS[1], KEYS[2], KEYS[3], {ARGV[1]})"
 
 # KEYS: USAGE_ROWS, usage batch, and a usage hash for every row

@@ -12,7 +12,7 @@ from prefix_store.buckets import Taken
 from prefix_store.draft import Draft, Stored
 from prefix_store.errors import ConflictError, NotFoundError
 from prefix_store.task import Task, Version
-from prefix_store.task_changes import delete_all, end_share
+from prefix_store.task_changes import check_key_left, delete_all, end_share
 from prefix_store.tenants import DEFAULT_TENANT, Tenant, check_tenant_name
 from prefix_store.usage import Usage
 
@@ -46,7 +46,7 @@ class Registry(Protocol):
         """Commit what `decide` does to a draft of the tenant's tasks, as if nobody else changed them meanwhile, and
         return what it returns; what it raises leaves everything as it was. It may be called several times, so that it
         does nothing but read and write its draft (`task_changes`). What it records is appended to the audit with the
-        change, as done by `by`.
+        change, as done by `by`. Raises KeyEndedError, SuspendedError where this author may no longer change anything.
 
         `file` is stored before the change is there, and `release_unused` does not drop it in between.
         """
@@ -102,23 +102,28 @@ class Registry(Protocol):
         name: str,
         change: Callable[[Tenant | None], Tenant | None],
         record: Callable[[Tenant | None], Iterable[AuditEntry]] = no_entries,
+        *,
+        by: Author = SERVER,
+        leaves_a_key: bool = False,
     ) -> Tenant | None:
         """Replace the tenant by what `change` makes of it (None: not there), with its new revision, and append what
         `record` gives for that to its audit. Both may be called several times; what they raise leaves everything as it
-        was."""
+        was. Raises KeyEndedError, SuspendedError where the author `by` may no longer change anything, and ConflictError
+        where the change `leaves_a_key` and no tenant would have one."""
         ...
 
-    def delete_tenant(self, name: str, *, by: Author) -> list[Version]:
+    def delete_tenant(self, name: str, *, by: Author, leaves_a_key: bool = False) -> list[Version]:
         """The tenant goes with its keys and tasks, not with its files, and nothing is shared with it any more; the
         versions that it had. Where this is cut off a suspended tenant is left, which the audit has as deleted, and it
-        can be called again. Raises NotFoundError, InvalidTenantError, ConflictError for `default`."""
+        can be called again. Raises NotFoundError, InvalidTenantError, ConflictError for `default`, and where it
+        `leaves_a_key` and no tenant would have one."""
         if check_tenant_name(name) == DEFAULT_TENANT:
             raise ConflictError(f"tenant {DEFAULT_TENANT!r} cannot be deleted")
-        self.update_tenant(name, partial(_suspended, name), lambda _: [by.entry(name, "delete-tenant", name)])
-        self._end_shares(name, by)
-        gone = self.change(name, delete_all)
-        self.update_tenant(name, lambda _: None)
-        gone += self.change(name, delete_all)  # what uploads brought that had been let in before
+        if leaves_a_key:
+            self.change(name, check_key_left, by=by)
+        self.update_tenant(name, partial(_suspended, name), lambda _: [by.entry(name, "delete-tenant", name)], by=by)
+        self._end_shares(name, by.let_in)
+        gone = self.change(name, partial(delete_all, leaves_a_key=leaves_a_key))
         return [version for task in gone for version in task.versions]
 
     def _end_shares(self, name: str, by: Author) -> None:
@@ -130,15 +135,15 @@ class Registry(Protocol):
             after = f"{found[-1].tenant}/{found[-1].name}"
 
     def tenants_revision(self) -> int:
-        """Rises with every change of any tenant."""
+        """Rises with every change of any tenant. For replicas and servers: what a tenant is shown it does not."""
         ...
 
     def append_audit(self, entry: AuditEntry) -> AuditEntry:
-        """The entry with its number."""
+        """The entry with its number in its tenant's audit."""
         ...
 
     def list_audit(self, tenant: str | None, limit: int, before: int | None) -> list[AuditEntry]:
-        """Newest first, of one tenant or all, from the last whose number is less than `before`."""
+        """Newest first, of one tenant or all, from the last whose number in this list is less than `before`."""
         ...
 
     def add_usage(self, rows: Iterable[Usage], batch: str) -> None:

@@ -6,12 +6,14 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
-from prefix_store.audit import AuditEntry, no_entries
+from prefix_store.accounts import Accounts
+from prefix_store.audit import SERVER, AuditEntry, Author, no_entries
 from prefix_store.buckets import Taken, TokenBuckets
 from prefix_store.documents import read_audit, read_tenant, write_audit, write_tenant
 from prefix_store.sqlite_file import SqliteFile
-from prefix_store.tenants import Tenant
+from prefix_store.tenants import Tenant, changed_from
 from prefix_store.usage import BATCH_REMEMBERED_S, COUNTS, Usage
 
 USAGE = f"day, tenant, task, version, {', '.join(COUNTS)}"
@@ -34,29 +36,30 @@ class SqliteAccounts:
 
     def list_tenants(self) -> list[Tenant]:
         with self._file.snapshot() as db:
-            rows = db.execute("SELECT document FROM tenants ORDER BY name").fetchall()
-        return [read_tenant(document) for (document,) in rows]
+            return _tenants(db)
 
     def update_tenant(
         self,
         name: str,
         change: Callable[[Tenant | None], Tenant | None],
         record: Callable[[Tenant | None], Iterable[AuditEntry]] = no_entries,
+        *,
+        by: Author = SERVER,
+        leaves_a_key: bool = False,
     ) -> Tenant | None:
         with self._file.transaction() as db:
-            before = _tenant(db, name)
+            accounts = accounts_in(db)
+            accounts.check_author(by)
+            before = accounts.get(name)
             after = change(before)
+            if leaves_a_key:
+                accounts.check_key_left(name, after)
             for entry in record(after):
                 put_audit(db, entry)
             if after == before:
                 return before
-            revision = _revision(db) + 1
-            db.execute("UPDATE tenants_revision SET revision = ?", (revision,))
-            if after is None:
-                db.execute("DELETE FROM tenants WHERE name = ?", (name,))
-                return None
-            after = replace(after, revision=revision)
-            db.execute("INSERT OR REPLACE INTO tenants VALUES (?, ?)", (name, write_tenant(after)))
+            after = changed_from(before, after)
+            put_tenant(db, name, after)
             return after
 
     def tenants_revision(self) -> int:
@@ -68,11 +71,13 @@ class SqliteAccounts:
             return put_audit(db, entry)
 
     def list_audit(self, tenant: str | None, limit: int, before: int | None) -> list[AuditEntry]:
-        wanted = "number < coalesce(?, 9223372036854775807)" + (" AND tenant = ?" if tenant is not None else "")
+        number, whose = ("number", "") if tenant is None else ("tenant_number", " AND tenant = ?")
         given = (before, limit) if tenant is None else (before, tenant, limit)
         with self._file.snapshot() as db:
             rows = db.execute(
-                f"SELECT number, document FROM audit WHERE {wanted} ORDER BY number DESC LIMIT ?", given
+                f"SELECT {number}, document FROM audit WHERE {number} < coalesce(?, 9223372036854775807){whose} "
+                f"ORDER BY {number} DESC LIMIT ?",
+                given,
             ).fetchall()
         return [read_audit(number, document) for number, document in rows]
 
@@ -108,11 +113,31 @@ class SqliteAccounts:
 
 
 def put_audit(db: sqlite3.Connection, entry: AuditEntry) -> AuditEntry:
-    """The entry with its number."""
-    row = (entry.tenant, write_audit(entry))
-    number = db.execute("INSERT INTO audit (tenant, document) VALUES (?, ?)", row).lastrowid
-    assert number is not None
-    return replace(entry, number=number)
+    """The entry with its number in its tenant's audit."""
+    (last,) = db.execute(
+        "SELECT coalesce(max(tenant_number), 0) FROM audit WHERE tenant = ?", (entry.tenant,)
+    ).fetchone()
+    row = (entry.tenant, last + 1, write_audit(entry))
+    db.execute("INSERT INTO audit (tenant, tenant_number, document) VALUES (?, ?, ?)", row)
+    return replace(entry, number=last + 1)
+
+
+def put_tenant(db: sqlite3.Connection, name: str, tenant: Tenant | None) -> None:
+    """The tenant as it is from now on; None: it is gone."""
+    db.execute("UPDATE tenants_revision SET revision = revision + 1")
+    if tenant is None:
+        db.execute("DELETE FROM tenants WHERE name = ?", (name,))
+    else:
+        db.execute("INSERT OR REPLACE INTO tenants VALUES (?, ?)", (name, write_tenant(tenant)))
+
+
+def accounts_in(db: sqlite3.Connection) -> Accounts:
+    return Accounts(partial(_tenant, db), partial(_tenants, db))
+
+
+def _tenants(db: sqlite3.Connection) -> list[Tenant]:
+    rows = db.execute("SELECT document FROM tenants ORDER BY name").fetchall()
+    return [read_tenant(document) for (document,) in rows]
 
 
 def _tenant(db: sqlite3.Connection, name: str) -> Tenant | None:

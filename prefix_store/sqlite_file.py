@@ -28,15 +28,16 @@ CREATE TABLE IF NOT EXISTS entries (
 CREATE TABLE IF NOT EXISTS tenants (name TEXT PRIMARY KEY, document TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS tenants_revision (revision INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS audit (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, document TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS audit_by_tenant ON audit (tenant, number);
+    number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, document TEXT NOT NULL,
+    tenant_number INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS usage (
     day TEXT NOT NULL, tenant TEXT NOT NULL, task TEXT NOT NULL, version INTEGER NOT NULL, {USAGE_COLUMNS},
     PRIMARY KEY (day, tenant, task, version)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS usage_batches (batch TEXT PRIMARY KEY, at_s REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS copied (identity TEXT NOT NULL, event TEXT NOT NULL);
 """
-SCHEMA_VERSION = 4
+AUDIT_INDEX = "CREATE UNIQUE INDEX IF NOT EXISTS audit_by_tenant_number ON audit (tenant, tenant_number)"
+SCHEMA_VERSION = 5
 WAIT_S = 10.0
 UNAVAILABLE = (
     sqlite3.SQLITE_BUSY,
@@ -81,6 +82,9 @@ class SqliteFile:
                 db.execute("INSERT INTO tenants_revision VALUES (0)")
             if found in (1, 2):
                 _migrate(db, found)
+            elif found in (3, 4):
+                _number_by_tenant(db)
+            db.execute(AUDIT_INDEX)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
@@ -160,6 +164,14 @@ def _migrate(db: sqlite3.Connection, schema: int) -> None:
     db.row_factory = None
     for table in ("versions", "tasks", "revisions"):
         db.execute(f"DROP TABLE {table}")
+
+
+def _number_by_tenant(db: sqlite3.Connection) -> None:
+    """The audit's entries were numbered over all tenants. They keep their numbers, and each tenant's go on from its
+    last."""
+    db.execute("ALTER TABLE audit ADD COLUMN tenant_number INTEGER NOT NULL DEFAULT 0")
+    db.execute("UPDATE audit SET tenant_number = number")
+    db.execute("DROP INDEX IF EXISTS audit_by_tenant")
 
 
 def _old_version(task: Task, row: dict[str, Any]) -> Version:

@@ -14,7 +14,7 @@ from prefix_store.documents import read_task
 from prefix_store.draft import Draft, Stored, Write
 from prefix_store.entries import FILES, PINNED, file_entry, shared_entry
 from prefix_store.registry import NewFile, Registry
-from prefix_store.sqlite_accounts import SqliteAccounts, put_audit
+from prefix_store.sqlite_accounts import SqliteAccounts, accounts_in, put_audit, put_tenant
 from prefix_store.sqlite_file import SqliteFile, put_task
 from prefix_store.task import EVERYONE, Task
 
@@ -38,6 +38,7 @@ class SqliteRegistry(SqliteAccounts, Registry):
             file.put()  # most of the time that it takes, before others have to wait
         with self._file.transaction() as db:
             draft = _draft(db, tenant, by)
+            draft.check_author()
             result = decide(draft)
             if file is not None:
                 file.put()
@@ -132,8 +133,7 @@ class SqliteRegistry(SqliteAccounts, Registry):
 def _draft(db: sqlite3.Connection, tenant: str, by: Author = SERVER) -> Draft:
     revision, stored = _counts(db, tenant)
     read, holders = partial(_task, db, tenant), partial(_holders, db, tenant)
-    names, has_tenant = partial(_names, db, tenant), partial(_has_tenant, db, tenant)
-    return Draft(tenant, revision, stored, read, holders, names, has_tenant, by)
+    return Draft(tenant, revision, stored, read, holders, partial(_names, db, tenant), accounts_in(db), by)
 
 
 def _counts(db: sqlite3.Connection, tenant: str) -> tuple[int, Stored]:
@@ -153,10 +153,6 @@ def _holders(db: sqlite3.Connection, tenant: str, entry: str) -> list[str]:
     return [name for (name,) in rows]
 
 
-def _has_tenant(db: sqlite3.Connection, tenant: str) -> bool:
-    return db.execute("SELECT 1 FROM tenants WHERE name = ?", (tenant,)).fetchone() is not None
-
-
 def _names(db: sqlite3.Connection, tenant: str) -> list[str]:
     rows = db.execute("SELECT name FROM task_documents WHERE tenant = ? ORDER BY name", (tenant,)).fetchall()
     return [name for (name,) in rows]
@@ -168,6 +164,8 @@ def _apply(db: sqlite3.Connection, write: Write) -> None:
             db.execute("DELETE FROM task_documents WHERE tenant = ? AND name = ?", (write.tenant, name))
         else:
             put_task(db, task)
+    if write.removes_tenant:
+        put_tenant(db, write.tenant, None)
     gone = [(entry, write.tenant, name) for entry, name in write.removed]
     db.executemany("DELETE FROM entries WHERE entry = ? AND tenant = ? AND task = ?", gone)
     come = [(entry, write.tenant, name) for entry, name in write.added]

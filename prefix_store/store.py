@@ -28,10 +28,11 @@ from prefix_store.names import TaskRef, is_task_name, known_version, parse_ref
 from prefix_store.native_format import digest_of, read_native, write_native
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import Layout, ModelShape, Prefix
+from prefix_store.printable import first_unprintable
 from prefix_store.registry import NewFile, Registry
 from prefix_store.task import ANY, NewVersion, Precondition, Task, Version
-from prefix_store.task_changes import Published
-from prefix_store.tenants import Limits
+from prefix_store.task_changes import DeviceBytes, Published
+from prefix_store.tenants import is_tenant_name
 
 T = TypeVar("T")
 MAX_NOTE = 200
@@ -81,17 +82,17 @@ class PrefixStore:
         note: str = "",
         activate: bool | None = None,
         precondition: Precondition = ANY,
-        limits: Limits | None = None,
+        within_limits: bool = False,
         by: Author = SERVER,
     ) -> Published:
         """Store a new version: when this returns it survives anything. `activate` None: it goes live unless weights
-        are set. `limits` are those of a tenant that is there. Raises QuotaError, ArtefactTooLargeError,
+        are set. `within_limits`: the tenant is there and its limits hold. Raises QuotaError, ArtefactTooLargeError,
         PreconditionFailedError, StorageFullError, NotFoundError for a tenant that is gone."""
         body = write_native(replace(prefix, base_model=self._shape.model_name, fingerprint=self._shape.fingerprint))
         new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
         file = NewFile(new.digest, lambda: self._blobs.put(tenant, body))
         try:
-            return self._add_version(tenant, task, new, activate, precondition, limits, file, by)
+            return self._add_version(tenant, task, new, activate, precondition, within_limits, file, by)
         except BaseException:
             self._drop_unused(tenant, {new.digest})
             raise
@@ -121,14 +122,14 @@ class PrefixStore:
         note: str = "",
         activate: bool | None = None,
         precondition: Precondition = ANY,
-        limits: Limits | None = None,
+        within_limits: bool = False,
         by: Author = SERVER,
     ) -> Published:
         """As `publish`; matched with the model as the worst of its members. Raises NotFoundError if a member was
         deleted meanwhile."""
         matched = {self.get_version(tenant, m.task, str(m.version)).base for m in ensemble.members}
         new = self._new_version(task, ensemble.digest, ensemble, 0, max(matched, key=BASES.index), note)
-        return self._add_version(tenant, task, new, activate, precondition, limits, None, by)
+        return self._add_version(tenant, task, new, activate, precondition, within_limits, None, by)
 
     def _add_version(
         self,
@@ -137,11 +138,11 @@ class PrefixStore:
         new: NewVersion,
         activate: bool | None,
         precondition: Precondition,
-        limits: Limits | None,
+        within_limits: bool,
         file: NewFile | None,
         by: Author,
     ) -> Published:
-        add = partial(task_changes.add_version, name=task, new=new, limits=limits, now_s=time.time())
+        add = partial(task_changes.add_version, name=task, new=new, within_limits=within_limits, now_s=time.time())
         return self._registry.change(tenant, partial(add, activate=activate, precondition=precondition), file, by=by)
 
     def _new_version(
@@ -150,6 +151,8 @@ class PrefixStore:
         self.check_name(task)
         if len(note) > MAX_NOTE:
             raise InvalidArtefactError(f"note must be <= {MAX_NOTE} characters, got {len(note)}")
+        if found := first_unprintable(note):
+            raise InvalidArtefactError(f"note must be printable text on one line, got {found}")
         return NewVersion(
             digest=digest,
             content=content,
@@ -164,19 +167,25 @@ class PrefixStore:
         """Raises InvalidArtefactError for a name that a task cannot have."""
         check_name(task, self._shape)
 
-    def resolve(self, tenant: str, ref: str, session: str | None = None) -> Version:
+    def resolve(self, tenant: str, ref: str, session: str | None = None, *, any_owner: bool = False) -> Version:
         """The version that `T`, `T@V`, `owner/T` or `owner/T@V` means for a request of this session. Raises
         NotFoundError, the same for a task of others that is not there and one that is not shared; DisabledError,
         IncompatibleError."""
         parsed = parse_ref(ref)
-        task = self._usable_task(tenant, parsed)
+        task = self.usable_task(tenant, parsed, any_owner=any_owner)
         if task.is_disabled:
             raise DisabledError(f"task {parsed.name!r} is disabled")
         return self._checked(task.choose(session) if parsed.version is None else task.find(parsed.version))
 
-    def _usable_task(self, tenant: str, ref: TaskRef) -> Task:
+    def usable_task(self, tenant: str, ref: TaskRef, *, any_owner: bool = False) -> Task:
+        """The tenant's own task, or another's that is shared with it; with `any_owner`, as an operator asks, any.
+        Raises NotFoundError."""
         if ref.owner is None or ref.owner == tenant:
             return self.get_task(tenant, ref.task)
+        if not is_task_name(ref.task) or not is_tenant_name(ref.owner):
+            raise NotFoundError(f"no task {ref.name[:140]!r}")
+        if any_owner:
+            return self.get_task(ref.owner, ref.task)
         if self._registry.is_shared(ref.owner, ref.task, tenant):
             found = self._registry.get_task(ref.owner, ref.task)
             if found is not None and found.is_shared_with(tenant):
@@ -241,8 +250,22 @@ class PrefixStore:
         wanted = {known_version(task, version): weight for version, weight in weights.items()}
         return self._change(tenant, task, by, task_changes.set_weights, weights=wanted, precondition=precondition)
 
-    def set_pinned(self, tenant: str, task: str, is_pinned: bool, *, by: Author = SERVER) -> Task:
-        return self._change(tenant, task, by, task_changes.set_pinned, is_pinned=is_pinned)
+    def check_pinnable(self, tenant: str, task: str, device_bytes: DeviceBytes) -> None:
+        """Raises NotFoundError, QuotaError as `set_pinned` would."""
+        self._change(tenant, task, SERVER, task_changes.check_pinnable, device_bytes=device_bytes)
+
+    def set_pinned(
+        self,
+        tenant: str,
+        task: str,
+        is_pinned: bool,
+        device_bytes: DeviceBytes | None = None,
+        *,
+        by: Author = SERVER,
+    ) -> Task:
+        """`device_bytes`: pinned only within what the tenant may pin. Raises NotFoundError, QuotaError."""
+        pin = partial(task_changes.set_pinned, is_pinned=is_pinned, device_bytes=device_bytes)
+        return self._change(tenant, task, by, pin)
 
     def set_enabled(self, tenant: str, task: str, is_enabled: bool, *, by: Author = SERVER) -> Task:
         """A task that is not enabled cannot be resolved. Raises NotFoundError."""
@@ -280,10 +303,9 @@ class PrefixStore:
         self._drop_unused(tenant, {version.digest for version in gone.versions})
         return gone
 
-    def delete_tenant(self, name: str, *, by: Author = SERVER) -> list[Version]:
-        """The tenant goes with its keys, tasks and files; the versions that it had. Raises NotFoundError,
-        InvalidTenantError, ConflictError for `default`."""
-        gone = self._registry.delete_tenant(name, by=by)
+    def delete_tenant(self, name: str, *, by: Author = SERVER, leaves_a_key: bool = False) -> list[Version]:
+        """The tenant goes with its keys, tasks and files; the versions that it had. Raises as the registry's."""
+        gone = self._registry.delete_tenant(name, by=by, leaves_a_key=leaves_a_key)
         self._drop_unused(name, {version.digest for version in gone})
         return gone
 

@@ -6,7 +6,7 @@ leaves a task as it was writes nothing. Each tells the audit what was asked for,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from prefix_store.draft import Draft
@@ -24,6 +24,7 @@ from prefix_store.tenants import Limits, check_tenant_name
 MAX_WEIGHTS = 4
 MAX_WEIGHT = 1_000_000
 MAX_SHARES = 256
+DeviceBytes = Callable[[Iterable[Version]], int]  # what prefixes take, or would
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,13 @@ def add_version(
     *,
     activate: bool | None,
     precondition: Precondition,
-    limits: Limits | None,
+    within_limits: bool,
     now_s: float,
 ) -> Published:
-    """`activate` None: it goes live unless weights are set. `limits` are those of a tenant that is there. Raises
-    PreconditionFailedError, NotFoundError for an ensemble whose members are not all there and for a tenant that is
-    gone, QuotaError and ArtefactTooLargeError beyond the limits."""
-    if limits is not None:
-        draft.check_tenant()
+    """`activate` None: it goes live unless weights are set. `within_limits`: the tenant is there and its limits hold.
+    Raises PreconditionFailedError, NotFoundError for an ensemble whose members are not all there and for a tenant that
+    is gone, QuotaError and ArtefactTooLargeError beyond the limits."""
+    limits = draft.account.limits if within_limits else Limits()
     task = draft.get(name)
     precondition.check(None if task is None else str(task.revision))
     if task is None:
@@ -99,8 +99,21 @@ def set_weights(draft: Draft, name: str, weights: Mapping[str, int], preconditio
     return _put(draft, task, _with_weighted_active(changed))
 
 
-def set_pinned(draft: Draft, name: str, is_pinned: bool) -> Task:
+def check_pinnable(draft: Draft, name: str, device_bytes: DeviceBytes) -> None:
+    """Raises NotFoundError, QuotaError where the tenant's pinned tasks would take more device memory than it may
+    pin."""
+    limit = draft.account.limits.max_pinned_bytes
+    tasks = {task.name: task for task in [*draft.pinned(), draft.present(name)]}
+    num_bytes = device_bytes([version for task in tasks.values() for version in task.in_service])
+    if limit is not None and num_bytes > limit:
+        raise QuotaError(f"this tenant may pin {limit} bytes of device memory, with {name!r} it were {num_bytes}")
+
+
+def set_pinned(draft: Draft, name: str, is_pinned: bool, device_bytes: DeviceBytes | None = None) -> Task:
+    """`device_bytes`: pinned within the tenant's limit only. Raises NotFoundError, QuotaError."""
     task = draft.present(name)
+    if is_pinned and device_bytes is not None:
+        check_pinnable(draft, name, device_bytes)
     draft.record("pin" if is_pinned else "unpin", name)
     return _put(draft, task, replace(task, is_pinned=is_pinned))
 
@@ -112,12 +125,15 @@ def set_enabled(draft: Draft, name: str, is_enabled: bool) -> Task:
 
 
 def share(draft: Draft, name: str, tenants: Iterable[str], precondition: Precondition) -> Task:
-    """Exactly these may use it. Raises InvalidTenantError, InvalidChangeError, NotFoundError,
-    PreconditionFailedError."""
+    """Exactly these may use it, each of them a tenant that is there. Raises InvalidTenantError, InvalidChangeError,
+    NotFoundError, PreconditionFailedError."""
     wanted = sorted({each if each == EVERYONE else check_tenant_name(each) for each in tenants} - {draft.tenant})
     if len(wanted) > MAX_SHARES:
         raise InvalidChangeError(f"a task is shared with <= {MAX_SHARES} tenants, or with *, got {len(wanted)}")
     task = _checked(draft, name, precondition)
+    for each in wanted:
+        if each not in (EVERYONE, *task.shared_with) and not draft.accounts.can_share_with(each):
+            raise InvalidChangeError(f"a task is shared with tenants that are there, got {each!r}")
     draft.record("share", f"{name} with {', '.join(wanted) or 'nobody'}")
     return _put(draft, task, replace(task, shared_with=tuple(wanted)))
 
@@ -183,8 +199,20 @@ def delete_task(draft: Draft, name: str, precondition: Precondition) -> Task:
     return task
 
 
-def delete_all(draft: Draft) -> list[Task]:
-    """The tenant's tasks as they were; members and ensembles go together."""
+def check_key_left(draft: Draft) -> None:
+    """Raises ConflictError where no other tenant has a key."""
+    draft.accounts.check_key_left(draft.tenant, None)
+
+
+def delete_all(draft: Draft, leaves_a_key: bool = False) -> list[Task]:
+    """The tenant's tasks as they were; members and ensembles go together, and the tenant with them, which was suspended
+    so that nothing comes meanwhile. Raises NotFoundError, ConflictError; where the end `leaves_a_key`, also if no other
+    tenant has one."""
+    if leaves_a_key:
+        check_key_left(draft)
+    if not draft.account.is_suspended:
+        raise ConflictError(f"tenant {draft.tenant!r} was resumed while it was deleted")
+    draft.remove_tenant()
     gone = [draft.present(name) for name in draft.names()]
     for task in gone:
         draft.remove(task.name)
@@ -227,9 +255,7 @@ def _refuse_member(draft: Draft, name: str, version: int, but_of: str = "") -> N
         raise ConflictError(f"version {version} of task {name!r} is a member of {', '.join(users)}; delete that first")
 
 
-def _check_limits(draft: Draft, new: NewVersion, limits: Limits | None) -> None:
-    if limits is None:
-        return
+def _check_limits(draft: Draft, new: NewVersion, limits: Limits) -> None:
     most = limits.max_virtual_tokens
     if most is not None and not isinstance(new.content, Ensemble) and new.num_virtual_tokens > most:
         raise ArtefactTooLargeError(f"max_virtual_tokens of this tenant is {most}, got {new.num_virtual_tokens}")

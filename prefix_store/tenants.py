@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import hmac
 import secrets
@@ -10,8 +9,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from prefix_store import task_patterns
 from prefix_store.errors import ConflictError, InvalidTenantError, NotFoundError
 from prefix_store.names import TASK
+from prefix_store.printable import first_unprintable
 
 DEFAULT_TENANT = "default"
 SCOPES = ("generate", "upload", "publish", "admin")  # of a tenant
@@ -62,12 +63,18 @@ class Key:
 
     def allows_task(self, task: str | None) -> bool:
         """None: the bare model, which only `*` and a key without patterns allow. Of `owner/T` the whole is matched."""
-        return not self.tasks or any(fnmatch.fnmatchcase(task or "", pattern) for pattern in self.tasks)
+        return not self.tasks or any(task_patterns.matches(pattern, task or "") for pattern in self.tasks)
+
+    def covers_tasks(self, patterns: Iterable[str]) -> bool:
+        """Whether the key is for all that these patterns match; none: every task."""
+        wanted = tuple(patterns) or (task_patterns.ALL,)
+        own = self.tasks or (task_patterns.ALL,)
+        return all(any(task_patterns.covers(each, pattern) for each in own) for pattern in wanted)
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """`revision` changes with every change, and is never used again."""
+    """`revision` counts the tenant's own changes."""
 
     name: str
     limits: Limits = field(default_factory=Limits)
@@ -134,6 +141,11 @@ def known_tenant(name: str, found: Tenant | None) -> Tenant:
     return DEFAULT
 
 
+def changed_from(before: Tenant | None, after: Tenant | None) -> Tenant | None:
+    """The tenant with the revision of this change."""
+    return after and replace(after, revision=1 if before is None else before.revision + 1)
+
+
 def is_tenant_name(text: str) -> bool:
     return TASK.fullmatch(text) is not None
 
@@ -156,6 +168,9 @@ def new_key(
         raise InvalidTenantError(f"scopes must be some of {', '.join(known)}, got {got[:200]}")
     if len(patterns) > MAX_PATTERNS or not all(0 < len(pattern) <= MAX_PATTERN for pattern in patterns):
         raise InvalidTenantError(f"tasks must be <= {MAX_PATTERNS} patterns of 1 to {MAX_PATTERN} characters each")
+    for pattern in patterns:
+        if found := first_unprintable(pattern):
+            raise InvalidTenantError(f"tasks must be patterns of printable characters, got {found}")
     text = f"ps_{secrets.token_urlsafe(KEY_BYTES)}"
     return text, Key(secrets.token_hex(6), key_digest(text), wanted, now_s, patterns, expires_at_s)
 

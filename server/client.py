@@ -81,18 +81,20 @@ class Client:
         params = {"activate": activate} | ({"note": note} if note else {})
         return self._json("PUT", f"/v1/prefixes/{_quoted(task)}", params=params, json=content)
 
-    def list_tasks(self) -> list[dict[str, Any]]:
+    def list_tasks(self, tenant: str | None = None) -> list[dict[str, Any]]:
+        """The caller's own and those shared with it; for an operator, another tenant's, or `*` all."""
         tasks: list[dict[str, Any]] = []
         after = ""
+        whose = {} if tenant is None else {"tenant": tenant}
         while True:
-            page = self._json("GET", "/v1/prefixes", params={"limit": 1000, "after": after})
+            page = self._json("GET", "/v1/prefixes", params={"limit": 1000, "after": after, **whose})
             tasks += page["prefixes"]
             if page["next"] is None:
                 return tasks
             after = page["next"]
 
     def task(self, task: str) -> dict[str, Any]:
-        """`T`, or the version `T@V`."""
+        """`T` or the version `T@V`; of another tenant `OWNER/T`."""
         return self._json("GET", f"/v1/prefixes/{_quoted(task)}")
 
     def activate(self, task: str, version: str) -> dict[str, Any]:

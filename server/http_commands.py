@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +10,7 @@ import typer
 
 from server.client import Client
 from server.options import LOCAL, AcceptBase, ApiKey, AsJson, Index, ModelOption, Url, option, settings_of
-from server.terminal import fail, plain_errors, print_json, print_table, show, upload_bar
+from server.terminal import fail, plain_errors, print_json, print_table, print_text, say, show, upload_bar
 
 app = typer.Typer()
 
@@ -31,7 +30,7 @@ def push(
     model: ModelOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a PEFT folder, a native file or an ensemble (.json) as a new version of TASK."""
+    """Upload a PEFT folder, a native file or an ensemble (.json) as a new version of TASK; an operator's OWNER/TASK."""
     with plain_errors():
         if every and index is not None:
             fail("expected --index or --all, got both")
@@ -74,7 +73,7 @@ def _push(client: Client, task: str, path: Path, as_json: bool, **more: Any) -> 
 
 
 def _show_pushed(manifest: dict[str, Any]) -> None:
-    print(
+    say(
         f"{manifest['task']}@{manifest['version']} {manifest['digest'][:12]} {manifest['kind']}, "
         f"{manifest['num_virtual_tokens']} virtual tokens, base {manifest['base']}, active {manifest['active']}"
     )
@@ -100,10 +99,15 @@ def _show_all(records: list[dict[str, Any]], as_list: bool, as_json: bool) -> No
 
 
 @app.command("list")
-def list_(url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
-    """The tasks of a server."""
+def list_(
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+    tenant: Annotated[str | None, option("tenant", "An operator's: one tenant's tasks, or * all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Your tasks, and those that others share with you."""
     with plain_errors(), Client(url, api_key) as client:
-        tasks = client.list_tasks()
+        tasks = client.list_tasks(tenant)
     if as_json:
         print_json(tasks)
         return
@@ -112,14 +116,14 @@ def list_(url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> 
     for task in tasks:
         active: dict[str, Any] = next((v for v in task["versions"] if v["version"] == task["active"]), {})
         described = [active.get(name, "") for name in names]
-        pinned = "yes" if task["pinned"] else ""
-        rows.append((task["task"], task["active"], len(task["versions"]), *described, task["residency"], pinned))
-    print_table(("task", "active", "versions", *names, "residency", "pinned"), rows)
+        marks = ("yes" if task.get("pinned") else "", task["owner"] if task["shared"] else "")
+        rows.append((task["task"], task["active"], len(task["versions"]), *described, task["residency"], *marks))
+    print_table(("task", "active", "versions", *names, "residency", "pinned", "shared by"), rows)
 
 
 @app.command("show")
 def show_(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
-    """One task, or TASK@VERSION: versions, residency, notes."""
+    """One task, TASK@VERSION, or OWNER/TASK: versions, residency, notes."""
     with plain_errors(), Client(url, api_key) as client:
         found = client.task(task)
     if as_json or "versions" not in found:
@@ -130,7 +134,7 @@ def show_(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson =
     names = ("version", "digest", "kind", "num_virtual_tokens", "num_bytes", "base", "status", "residency", "note")
     for version in versions:
         version["digest"] = version["digest"][:12]
-    print_table(names, [tuple(version[name] for name in names) for version in versions])
+    print_table(names, [tuple(version.get(name, "") for name in names) for version in versions])
 
 
 @app.command()
@@ -172,13 +176,13 @@ def generate(
             if as_json:
                 print_json(answer)
             else:
-                print(answer["generated_text"])
+                print_text(answer["generated_text"])
             return
         for event in client.generate_stream(task, text, max_new_tokens):
             if as_json:
-                print(json.dumps(event, ensure_ascii=False), flush=True)
+                print_json(event, indent=None)
             else:
-                print(event["token"]["text"], end="", flush=True)
+                print_text(event["token"]["text"], end="")
         if not as_json:
             print()
 

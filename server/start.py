@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import sys
+from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from prefix_store.errors import StorageFullError, UnavailableError, in_full
 from prefix_store.local_files import CONFIG, peft_files
 from prefix_store.mirror import Mirror
 from prefix_store.prefix import ModelShape
+from prefix_store.printable import escaped
 from prefix_store.redis_registry import RedisRegistry
 from prefix_store.redis_server import DURABLE
 from prefix_store.registry import Registry
@@ -186,17 +188,26 @@ def publish_examples(store: PrefixStore, folder: Path) -> None:
 
 
 def _set_up_logs(log_json: bool) -> None:
-    renderer: Any = structlog.processors.JSONRenderer() if log_json else structlog.dev.ConsoleRenderer()
+    as_json, as_text = [structlog.processors.JSONRenderer()], [_escape_values, structlog.dev.ConsoleRenderer()]
+    renderers: list[Any] = as_json if log_json else as_text
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
-            renderer,
+            *renderers,
         ],
         logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # as it is then: a test may have swapped it
     )
+
+
+def _escape_values(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What callers sent does not reach a terminal as it stands; a traceback keeps its lines."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = escaped(value, keep="\n\t" if name == "exception" else "")
+    return event
 
 
 def _pool(settings: Settings, shape: ModelShape) -> tuple[int, int]:

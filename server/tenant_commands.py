@@ -49,10 +49,10 @@ def create(
         if as_json:
             print_json(tenant.described() | ({"key": text} if is_new else {}))
         elif is_new:
-            console.print(f"tenant {name}; its key, which is shown this once:", highlight=False)
+            console.print(f"tenant {name}; its key, which is shown this once:", markup=False, highlight=False)
             print(text)
         else:
-            console.print(f"tenant {name} is there already; `tenant rotate` makes a key", highlight=False)
+            console.print(f"tenant {name} is there already; `tenant rotate` makes a key", markup=False, highlight=False)
 
 
 @app.command("list")
@@ -111,7 +111,7 @@ def rotate(
         if as_json:
             print_json(tenant.described() | {"key": text})
         else:
-            console.print(f"tenant {name}; its key, which is shown this once:", highlight=False)
+            console.print(f"tenant {name}; its key, which is shown this once:", markup=False, highlight=False)
             print(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,11 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from prefix_store.errors import PrefixStoreError, in_full
+from prefix_store.printable import escaped, is_printable
 from server.client import ClientError
 from server.engine.errors import EngineError
 from server.errors import StartError
@@ -37,7 +39,8 @@ def plain_errors() -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    console.print(Text("error: ", style="red").append(message, style="default"), highlight=False, soft_wrap=True)
+    text = Text("error: ", style="red").append(escaped(message), style="default")
+    console.print(text, highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -47,18 +50,30 @@ def show(value: dict[str, Any], as_json: bool) -> None:
         print_json(value)
         return
     for name, field in value.items():
-        print(f"{name}: {json.dumps(field) if isinstance(field, (dict, list)) else field}")
+        say(f"{name}: {json.dumps(field) if isinstance(field, (dict, list)) else field}")
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+def say(text: str) -> None:
+    """One line, with nothing in it that a terminal would obey."""
+    print(escaped(text))
+
+
+def print_text(text: str, *, end: str = "\n") -> None:
+    """A model's text as it is; on a terminal with nothing that this would obey, lines apart."""
+    print(escaped(text, keep="\n\t") if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """What is not printable is escaped, as JSON may have it."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    print("".join(c if c == "\n" or is_printable(c) else json.dumps(c)[1:-1] for c in text), flush=True)
 
 
 def print_table(names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """Where no terminal bounds it, wide enough for every cell."""
-    table = Table(*names)
+    table = Table(*(Column(Text(escaped(name))) for name in names))
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(escaped(str(cell))) for cell in row))
     output = Console()
     if not output.is_terminal:
         output.width = 10_000
@@ -68,10 +83,11 @@ def print_table(names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 @contextmanager
 def upload_bar() -> Iterator[Callable[[Path], BinaryIO]]:
     """Gives what opens a file; how much of it was read is shown while it is, on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    what = TextColumn("{task.description}", markup=False)
+    columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
         def open_file(path: Path) -> BinaryIO:
-            return progress.open(path, "rb", description=path.name)
+            return progress.open(path, "rb", description=escaped(path.name))
 
         yield open_file

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,7 @@ RULES = tuple(
         ("GET", r"/metrics", "metrics"),
         ("POST", GENERATING, "generate"),
         ("PUT", r"/v1/prefixes/.*", "upload"),
-        ("GET", r"/v1/prefixes/.*/file", "upload"),
+        ("GET", r"/v1/prefixes/.*/versions/[^/]*/file", "upload"),
         ("POST DELETE", r"/v1/prefixes/.*", "publish"),
         ("GET", r"/v1/tenants/[^/]*|/v1/audit|/v1/usage", "admin"),
         ("POST DELETE", r"/v1/tenants/[^/]*/keys(/.*)?", "admin"),
@@ -72,7 +73,9 @@ class Caller:
 
     def author(self, request: Request) -> Author:
         """Of what this request changes."""
-        return Author(self.actor, request.state.request_id)
+        holder = None if self.key is None else self.tenant.name
+        request_id, is_local = request.state.request_id, self.actor == NOBODY
+        return Author(self.actor, request_id, holder, is_operator=self.is_operator, needs_no_keys=is_local)
 
     @property
     def is_operator(self) -> bool:
@@ -88,6 +91,24 @@ class Caller:
         if not self.may(scope):
             raise RequestError(403, f"this key may {', '.join(sorted(self.scopes))}; {scope} is needed")
 
+    def check_route(self, scope: str, method: str, path: str) -> None:
+        """A key needs the scope, but to end itself. Raises RequestError 403."""
+        is_own_end = self.key is not None and path == f"/v1/tenants/{self.tenant.name}/keys/{self.key.id}"
+        if not (is_own_end and method == "DELETE"):
+            self.check_scope(scope)
+
+    @property
+    def is_for_every_task(self) -> bool:
+        return self.key is None or self.key.covers_tasks(())
+
+    def covers_tasks(self, tenant: str, patterns: Iterable[str]) -> bool:
+        """Whether the key is for all tasks that a key of `tenant` with these patterns is for."""
+        if self.key is None:
+            return True
+        if tenant != self.tenant.name:
+            patterns = [f"{tenant}/{pattern}" for pattern in patterns] or [f"{tenant}/*"]
+        return self.key.covers_tasks(patterns)
+
     def allows_task(self, task: str | None) -> bool:
         """`OWNER/T` of its own is `T`."""
         name = task and task.removeprefix(f"{self.tenant.name}/")
@@ -101,6 +122,7 @@ class Caller:
             raise RequestError(403, f"this key is for {', '.join(self.key.tasks)}, not for {what}")
 
 
+NOBODY = "local"  # what the audit calls whoever asks while no keys are configured
 LOCAL = frozenset((*SCOPES, *OPERATOR_SCOPES))
 
 
@@ -145,10 +167,10 @@ class KeyRing:
         """One that has expired counts until it is deleted."""
         return self._operator_digest is not None or bool(self._seen.owners)
 
-    def is_last(self, tenant: Tenant) -> bool:
-        """Whether the server is open without this tenant's one key."""
-        owners = set(self._seen.owners.values())
-        return self._is_local and self._operator_digest is None and owners == {tenant.name} and len(tenant.keys) == 1
+    @property
+    def opens_without_keys(self) -> bool:
+        """Whether the server would be open if no tenant had a key."""
+        return self._is_local and self._operator_digest is None
 
     @property
     def is_open(self) -> bool:
@@ -167,7 +189,7 @@ class KeyRing:
         """Raises RequestError 401 for a key that is missing, unknown or expired, 403 for a suspended tenant."""
         seen = self._seen
         if self.is_open:
-            return Caller(seen.tenants[DEFAULT_TENANT], "local", LOCAL)
+            return Caller(seen.tenants[DEFAULT_TENANT], NOBODY, LOCAL)
         kind, _, text = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not text:
             raise RequestError(401, "expected a key, as Authorization: Bearer KEY", headers=CHALLENGE)
@@ -211,7 +233,7 @@ async def check_again(request: Request) -> None:
     needed = needed_scope(request.method, request.scope["route"].path, otherwise="operator")
     if needed is not None:
         caller = request.app.state.prefixserve.keys.caller(request.headers.get("authorization"))
-        caller.check_scope(needed)
+        caller.check_route(needed, request.method, request.scope["path"])
         request.state.caller = caller
 
 

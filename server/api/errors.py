@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from prefix_store import errors as store_errors
+from prefix_store.printable import escaped
 from server.api.schemas import UNSUPPORTED
 from server.engine import errors as engine_errors
 
@@ -49,6 +50,8 @@ class RequestError(Exception):
 STATUSES: dict[type[Exception], int] = {
     store_errors.InvalidArtefactError: 422,
     store_errors.ArtefactTooLargeError: 413,
+    store_errors.KeyEndedError: 401,
+    store_errors.SuspendedError: 403,
     store_errors.NotFoundError: 404,
     store_errors.ConflictError: 409,
     store_errors.DisabledError: 423,
@@ -97,9 +100,8 @@ def error_response(
 
 
 def _sendable(text: str) -> str:
-    """Bounded, and UTF-8 whatever the caller sent."""
-    cut = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…"
-    return cut.encode("utf-8", "replace").decode()
+    """Bounded, and printable whatever the caller sent."""
+    return escaped(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…")
 
 
 def openai_error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
@@ -129,6 +131,8 @@ def install(app: FastAPI) -> None:
         status, headers = status_of(error), dict(getattr(error, "headers", {}))
         if getattr(error, "detail", ""):
             log.warning("refused", status=status, path=request.url.path, reason=store_errors.in_full(error))
+        if status == 401:
+            headers.setdefault("WWW-Authenticate", "Bearer")
         if status in (429, 503):
             headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
         param = getattr(error, "param", None)

@@ -103,7 +103,7 @@ class Gate:
         needed = needed_scope(method, path)
         if needed is not None:
             caller = self._state.keys.caller(headers.get("authorization"))
-            caller.check_scope(needed)
+            caller.check_route(needed, method, path)
             scope["state"]["caller"] = caller
         if self._state.is_draining and path not in UNCOUNTED:
             self._state.metrics.rejected("draining")

@@ -1,4 +1,4 @@
-"""Tasks and versions as the wire shows them."""
+"""Tasks and versions as the wire shows them: to those who may change them, and to those whom they are shared with."""
 
 from __future__ import annotations
 
@@ -6,55 +6,78 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from prefix_store.ensemble import Ensemble
+from prefix_store.ensemble import Ensemble, Member
 from prefix_store.prefix import PARTS
 from prefix_store.task import Task, Version
-from server.api.state import AppState
+from server.api.auth import Caller
+from server.api.state import AppState, name_for
+
+OWNERS_ONLY = ("note", "members")  # of a version
 
 
-def task_response(state: AppState, task: Task) -> JSONResponse:
-    return JSONResponse(described(state, task), headers={"ETag": f'"{task.revision}"'})
+def task_response(state: AppState, caller: Caller, task: Task) -> JSONResponse:
+    return JSONResponse(described(state, caller, task), headers=_etag(caller, task, str(task.revision)))
 
 
-def described(state: AppState, task: Task) -> dict[str, Any]:
+def version_response(state: AppState, caller: Caller, task: Task, version: Version) -> JSONResponse:
+    return JSONResponse(manifest(state, caller, task, version), headers=_etag(caller, task, version.digest))
+
+
+def described(state: AppState, caller: Caller, task: Task, name: str | None = None) -> dict[str, Any]:
+    """`name` is what to call it; None: as the caller does."""
     active = next((version for version in task.versions if version.version == task.active), None)
-    return {
-        "task": task.name,
-        "revision": task.revision,
+    shown = {
+        "task": name or name_for(caller.tenant.name, task),
+        "owner": task.tenant,
+        "shared": not _may_change(caller, task),
         "active": task.active,
         "previous": task.previous,
         "weights": {str(version): weight for version, weight in task.weights} or None,
         "enabled": not task.is_disabled,
-        "quarantined": list(task.quarantined),
-        "shared_with": list(task.shared_with),
-        "pinned": task.is_pinned,
         "residency": state.residency(active) if active else "cold",
-        "resident_bytes": state.device_bytes(task.versions, resident=True),
-        "versions": [_version(state, version) for version in task.versions],
     }
+    if _may_change(caller, task):
+        shown |= {
+            "revision": task.revision,
+            "quarantined": list(task.quarantined),
+            "shared_with": list(task.shared_with),
+            "pinned": task.is_pinned,
+            "resident_bytes": state.device_bytes(task.versions, resident=True),
+        }
+    return shown | {"versions": [_version(state, caller, task, version) for version in task.versions]}
 
 
-def manifest(state: AppState, task: Task, version: Version) -> dict[str, Any]:
+def manifest(state: AppState, caller: Caller, task: Task, version: Version) -> dict[str, Any]:
     return {
-        "task": task.name,
-        **_version(state, version),
+        "task": name_for(caller.tenant.name, task),
+        **_version(state, caller, task, version),
         "active": task.active,
         "previous": task.previous,
-        "revision": task.revision,
+        **({"revision": task.revision} if _may_change(caller, task) else {}),
     }
 
 
-def _version(state: AppState, version: Version) -> dict[str, Any]:
+def _may_change(caller: Caller, task: Task) -> bool:
+    return caller.is_operator or task.tenant == caller.tenant.name
+
+
+def _etag(caller: Caller, task: Task, text: str) -> dict[str, str]:
+    """For those who may send it back: nobody else is told how often a task changes."""
+    return {"ETag": f'"{text}"'} if _may_change(caller, task) else {}
+
+
+def _version(state: AppState, caller: Caller, task: Task, version: Version) -> dict[str, Any]:
     content: dict[str, Any]
     if isinstance(version.content, Ensemble):
-        content = {"members": [str(member) for member in version.content.members], "rule": version.content.rule}
+        members = [_member(caller, task, member) for member in version.content.members]
+        content = {"members": members, "rule": version.content.rule}
     else:
         content = {"placement": version.content.placement}
         if version.content.separator is not None:
             content["separator"] = version.content.separator
         if state.engine.shape.is_encoder_decoder:
             content["parts"] = {part: getattr(version.content, f"num_{part}_tokens") for part in PARTS}
-    return {
+    shown = {
         "version": version.version,
         "digest": version.digest,
         "kind": version.kind,
@@ -70,3 +93,11 @@ def _version(state: AppState, version: Version) -> dict[str, Any]:
         "note": version.note,
         "created_at_s": version.created_at_s,
     }
+    if _may_change(caller, task):
+        return shown
+    return {name: value for name, value in shown.items() if name not in OWNERS_ONLY}
+
+
+def _member(caller: Caller, task: Task, member: Member) -> str | None:
+    """None: a task that the caller's key is not for."""
+    return str(member) if caller.allows_task(f"{task.tenant}/{member.task}") else None

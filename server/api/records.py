@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import JSONResponse, Response
 
+from prefix_store.audit import AuditEntry
 from prefix_store.usage import FIRST_DAY, LAST_DAY, Usage
 from server.api.auth import Asking, Caller
 from server.api.errors import PROBLEMS, RequestError, also
@@ -30,10 +31,16 @@ async def audit(
     before: Annotated[int | None, Query(ge=1, lt=2**63, description="The last number of the page before.")] = None,
 ) -> dict[str, Any]:
     whose = _whose(caller, tenant)
-    entries = await state.remotely(state.registry.list_audit, whose, limit + 1, before)
+    entries: list[AuditEntry] = []
+    while len(entries) <= limit:
+        found = await state.remotely(state.registry.list_audit, whose, limit + 1, before)
+        entries += [entry for entry in found if _sees(caller, entry)]
+        if len(found) <= limit:
+            break
+        before = found[-1].number
     page = entries[:limit]
     return {
-        "entries": [asdict(entry) for entry in page],
+        "entries": [_shown(caller, entry) for entry in page],
         "next": page[-1].number if len(entries) > limit else None,
     }
 
@@ -52,9 +59,10 @@ async def usage(
     if first_day is None and last_day is None:
         first_day = last_day = today()
     await state.meter.flush()
-    rows = await state.remotely(
+    every = await state.remotely(
         state.registry.usage, _whose(caller, tenant), first_day or FIRST_DAY, last_day or LAST_DAY
     )
+    rows = [row for row in every if caller.allows_task(_task_of(caller, row))]
     if format == "json" or (format is None and "text/csv" not in accept):
         return JSONResponse({"usage": [asdict(row) for row in rows]})
     text = io.StringIO()
@@ -62,6 +70,25 @@ async def usage(
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return Response(text.getvalue(), media_type="text/csv")
+
+
+def _sees(caller: Caller, entry: AuditEntry) -> bool:
+    """A key that is for some tasks sees what was done to them, not to the tenant or its keys."""
+    if caller.is_for_every_task:
+        return True
+    return entry.task is not None and caller.allows_task(f"{entry.tenant}/{entry.task}")
+
+
+def _shown(caller: Caller, entry: AuditEntry) -> dict[str, Any]:
+    """The key of an operator is another tenant's: only operators see which one it was."""
+    is_hidden = entry.by_operator and not caller.is_operator
+    return asdict(replace(entry, actor="operator") if is_hidden else entry)
+
+
+def _task_of(caller: Caller, row: Usage) -> str | None:
+    """What the caller calls it; None: the bare model."""
+    is_own = row.tenant == caller.tenant.name or "/" in row.task
+    return (row.task if is_own else f"{row.tenant}/{row.task}") if row.task else None
 
 
 def _whose(caller: Caller, tenant: str | None) -> str | None:

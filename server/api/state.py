@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, ParamSpec, TypeVar
 
 import structlog
@@ -18,7 +19,7 @@ from prefix_store.errors import UnavailableError
 from prefix_store.prefix import Layout
 from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
-from prefix_store.task import Version
+from prefix_store.task import Task, Version
 from server.api.auth import Caller, KeyRing
 from server.api.errors import RequestError
 from server.api.faults import FaultWatch
@@ -134,7 +135,8 @@ class AppState:
         for part in parts:
             caller.check_task(part.partition("@")[0])
         tenant = caller.tenant.name
-        versions = tuple([await asyncio.to_thread(self.store.resolve, tenant, part, session) for part in parts])
+        resolve = partial(self.store.resolve, any_owner=caller.is_operator)
+        versions = tuple([await asyncio.to_thread(resolve, tenant, part, session) for part in parts])
         task = ",".join(named(version, tenant) for version in versions)
         refs = [refs_of(version) for version in versions]
         if len(versions) == 1 and isinstance(versions[0].content, Ensemble):
@@ -242,6 +244,10 @@ class AppState:
             return sum(self.engine.resident_bytes(key) for key in refs)
         return sum(self.engine.bytes_on_device(ref.layout) for ref in refs.values())
 
+    def servable_bytes(self, versions: Iterable[Version]) -> int:
+        """What those of the versions that this model can serve would take on the device."""
+        return self.device_bytes(filter(self.store.is_compatible, versions), resident=False)
+
     def check_ensemble(self, ensemble: Ensemble) -> None:
         """Raises PrefixFaultError for one whose members could never run together."""
         num_bytes = sum({m.digest: self.engine.bytes_on_device(m.content) for m in ensemble.members}.values())
@@ -269,6 +275,15 @@ class AppState:
 def named(version: Version, tenant: str) -> str:
     """What `tenant` calls the task: `owner/T` where it is another's."""
     return version.task if version.tenant == tenant else f"{version.tenant}/{version.task}"
+
+
+def name_for(tenant: str, task: Task) -> str:
+    """What `tenant` calls the task."""
+    return task.name if task.tenant == tenant else full_name(task)
+
+
+def full_name(task: Task) -> str:
+    return f"{task.tenant}/{task.name}"
 
 
 def check_composition(versions: tuple[Version, ...]) -> None:

@@ -20,7 +20,8 @@ from server.api.errors import PROBLEMS, RequestError, also
 from server.api.manifests import manifest
 from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
 from server.api.schemas import EXAMPLE_ENSEMBLE, EnsembleRequest
-from server.api.state import AppState, State
+from server.api.state import AppState, State, name_for
+from server.api.task_paths import OwnTask
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS)
 NATIVE_TYPES = (
@@ -60,7 +61,7 @@ UPLOAD_BODY = {
 
 
 @router.put(
-    "/{task}",
+    "/{task:path}",
     summary="Upload a new version",
     status_code=201,
     responses=also("application/json"),
@@ -70,7 +71,7 @@ async def upload(
     request: Request,
     state: State,
     caller: Asking,
-    task: str,
+    path: OwnTask,
     index: Annotated[int | None, Query(ge=0, lt=2**31, description="One task of a multitask file.")] = None,
     note: Annotated[str, Query(max_length=200)] = "",
     activate: Annotated[Literal["auto", "true", "false"], Query()] = "auto",
@@ -80,13 +81,12 @@ async def upload(
 ) -> Response:
     """A native `.safetensors` body, multipart with PEFT's two files, or an ensemble of versions as JSON. 201 with the
     manifest; known content is 200. A key that may not publish stores the version and leaves what is live."""
-    caller.check_task(task)
+    tenant, task = path.tenant, path.name
     state.store.check_name(task)
     if activate == "true":
         caller.check_scope("publish")
     goes_live = {"auto": None if caller.may("publish") else False, "true": True, "false": False}[activate]
     precondition = precondition_of(if_match, if_none_match)
-    tenant = caller.tenant.name
     await state.limits.admit_upload(caller.tenant)
     kind = _content_type(request)
     if kind == "application/json" or kind in NATIVE_TYPES or not kind:
@@ -105,7 +105,7 @@ async def upload(
             "note": note,
             "activate": goes_live,
             "precondition": precondition,
-            "limits": caller.tenant.limits,
+            "within_limits": True,
             "by": caller.author(request),
         }
         if kind == "application/json":
@@ -113,7 +113,8 @@ async def upload(
                 raise RequestError(422, "index picks a task of a PEFT multitask file; an ensemble names its members")
             wanted = _ensemble(*files)
             for member in wanted.members:
-                caller.check_task(member.partition("@")[0])
+                name = member.partition("@")[0]
+                caller.check_task(name if "/" in name else f"{tenant}/{name}")
             ensemble = await asyncio.to_thread(state.store.make_ensemble, tenant, wanted.members, wanted.rule)
             state.check_ensemble(ensemble)
             publish = partial(state.store.publish_ensemble, tenant, task, ensemble, **options)
@@ -127,9 +128,10 @@ async def upload(
     await state.sync_pins()
     headers = {
         "ETag": f'"{published.task.revision}"',
-        "Location": f"/v1/prefixes/{task}/versions/{published.version.version}",
+        "Location": f"/v1/prefixes/{name_for(caller.tenant.name, published.task)}/versions/{published.version.version}",
     }
-    return JSONResponse(manifest(state, published.task, published.version), 201 if published.is_new else 200, headers)
+    shown = manifest(state, caller, published.task, published.version)
+    return JSONResponse(shown, 201 if published.is_new else 200, headers)
 
 
 def _parse(state: AppState, files: tuple[bytes, ...], index: int | None) -> Prefix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
 from prefix_store.task import ANY, NewVersion
 from prefix_store.task_changes import Published, add_version
-from prefix_store.tenants import Limits
+from prefix_store.tenants import Limits, Tenant
 
 HEADS, DIM, HIDDEN = 2, 8, 32
 SHAPE = ModelShape(2, HEADS, DIM, HIDDEN, 100, 512, torch.float32, "tiny", "f" * 64)
@@ -32,9 +33,15 @@ def publish(
     n: int = 4,
     tenant: str = OURS,
     activate: bool | None = None,
-    limits: Limits | None = None,
+    within_limits: bool = False,
 ) -> Published:
-    return store.publish(tenant, task, soft(seed, n), base="unverified", activate=activate, limits=limits)
+    return store.publish(tenant, task, soft(seed, n), base="unverified", activate=activate, within_limits=within_limits)
+
+
+def make_tenants(registry: Registry, *names: str, limits: Limits | None = None) -> None:
+    """Tenants that are there, with these limits from now on."""
+    for name in names:
+        registry.update_tenant(name, lambda found, name=name: replace(found or Tenant(name), limits=limits or Limits()))  # type: ignore[misc]
 
 
 def ensemble(store: PrefixStore, task: str, *members: str, rule: str = "mean_probs", tenant: str = OURS) -> Published:
@@ -47,5 +54,5 @@ def new_version(digest: str, content: Layout | Ensemble) -> NewVersion:
 
 def add(registry: Registry, task: str, new: NewVersion, tenant: str = OURS) -> Published:
     """Without a file."""
-    change = partial(add_version, name=task, new=new, activate=None, precondition=ANY, limits=None, now_s=1.5)
+    change = partial(add_version, name=task, new=new, activate=None, precondition=ANY, within_limits=False, now_s=1.5)
     return registry.change(tenant, change)

@@ -17,7 +17,7 @@ from prefix_store.redis_registry import RedisRegistry
 from prefix_store.store import PrefixStore
 from prefix_store.tenants import Tenant
 from tests.prefix_store.redis_process import RedisProcess
-from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, publish
+from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, make_tenants, publish
 from tests.waiting import eventually
 
 TIMEOUT_S = 1.5
@@ -65,8 +65,8 @@ def test_flip_is_seen_by_both(open_mirror: OpenMirror, tmp_path: Path) -> None:
 def test_tenants_shares_and_pins_are_seen_by_both(open_mirror: OpenMirror, tmp_path: Path) -> None:
     one, two = open_mirror("one"), open_mirror("two")
     store = store_of(one, tmp_path)
-    one.update_tenant(OURS, lambda _: Tenant(OURS))
-    assert one.tenants_revision() == 1
+    make_tenants(one, THEIRS, OURS)
+    assert one.tenants_revision() == 2
     eventually(lambda: two.get_tenant(OURS) == one.get_tenant(OURS))
     publish(store, "t")
     store.share(OURS, "t", [THEIRS])
@@ -76,7 +76,7 @@ def test_tenants_shares_and_pins_are_seen_by_both(open_mirror: OpenMirror, tmp_p
     assert store_of(two, tmp_path).resolve(THEIRS, "ours/t").version == 1
     one.update_tenant(OURS, lambda _: None)
     eventually(lambda: two.get_tenant(OURS) is None)
-    assert two.tenants_revision() == one.tenants_revision() == 2
+    assert two.tenants_revision() == one.tenants_revision() == 3
 
 
 def test_reads_go_on_without_redis_and_catch_up_with_it(

@@ -11,7 +11,9 @@ import pytest
 
 from prefix_store import redis_files
 from prefix_store import redis_keys as keys
+from prefix_store.audit import AuditEntry
 from prefix_store.blobs import Blobs
+from prefix_store.documents import write_audit
 from prefix_store.draft import Draft
 from prefix_store.errors import ConflictError, NotFoundError, StorageFullError, UnavailableError, in_full
 from prefix_store.prefix import Layout
@@ -25,7 +27,7 @@ from prefix_store.task_changes import Published, add_version
 from prefix_store.tenants import Tenant
 from prefix_store.usage import Usage
 from tests.prefix_store.redis_process import RedisProcess
-from tests.prefix_store.small_prefixes import OURS, SHAPE, add, new_version, publish
+from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, add, new_version, publish
 
 DIGEST = "a" * 64
 LAYOUT = Layout("kv", num_decoder_tokens=1)
@@ -132,7 +134,7 @@ class TestFiles:
         def decide(draft: Draft) -> Published:
             decisions.append(1)
             new = new_version(DIGEST, LAYOUT)
-            return add_version(draft, "t", new, activate=None, precondition=ANY, limits=None, now_s=0.0)
+            return add_version(draft, "t", new, activate=None, precondition=ANY, within_limits=False, now_s=0.0)
 
         decisions: list[int] = []
         assert registry.change(OURS, decide, NewFile(DIGEST, put)).is_new
@@ -188,7 +190,7 @@ class TestClock:
 
         def decide(draft: Draft) -> Published:
             new = new_version(DIGEST, LAYOUT)
-            return add_version(draft, "t", new, activate=None, precondition=ANY, limits=None, now_s=0.0)
+            return add_version(draft, "t", new, activate=None, precondition=ANY, within_limits=False, now_s=0.0)
 
         assert registry.change(OURS, decide, NewFile(DIGEST, put)).is_new
         assert num_puts == 2
@@ -263,7 +265,7 @@ class TestAway:
 
         def decide(draft: Draft) -> None:
             nonlocal num_decided
-            draft.check_tenant()
+            assert draft.account.name == OURS
             draft.put(Task(OURS, "t", 0, None, None, False, ()))
             num_decided += 1
             registry.update_tenant(OURS, lambda _: None)
@@ -272,6 +274,22 @@ class TestAway:
             registry.change(OURS, decide)
         assert num_decided == 1
         assert registry.get_task(OURS, "t") is None
+
+    def test_an_audit_that_was_numbered_over_all_tenants_goes_on(
+        self, registry: RedisRegistry, redis_process: RedisProcess
+    ) -> None:
+        """As it was kept before each tenant's was numbered by itself."""
+        with redis_process.client() as client:
+            for number, tenant in enumerate((OURS, THEIRS, THEIRS, OURS), 1):
+                line = f"{number} {write_audit(AuditEntry(tenant, 'operator', 'publish', 't@1', 1.5))}"
+                for key in (keys.audit(None), keys.audit(tenant)):
+                    client.zadd(key, {line: number})
+            client.set(keys.AUDIT_NUMBER, 4)
+        made = [registry.append_audit(AuditEntry(each, "operator", "pin", "t", 1.5)) for each in (OURS, THEIRS, OURS)]
+        assert [entry.number for entry in made] == [5, 4, 6]
+        assert [entry.number for entry in registry.list_audit(OURS, 9, None)] == [6, 5, 4, 1]
+        assert [entry.number for entry in registry.list_audit(THEIRS, 9, 4)] == [3, 2]
+        assert [entry.number for entry in registry.list_audit(None, 9, None)] == [7, 6, 5, 4, 3, 2, 1]
 
     def test_acknowledged_changes_survive_a_kill_of_redis(self, tmp_path: Path) -> None:
         process = RedisProcess(tmp_path / "redis")

@@ -18,7 +18,7 @@ from prefix_store.store import PrefixStore
 from prefix_store.tenants import SCOPES, Tenant, new_key
 from prefix_store.usage import Usage
 from tests.prefix_store.redis_process import RedisProcess
-from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, ensemble, publish
+from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, ensemble, make_tenants, publish
 
 
 @pytest.fixture(params=["to redis", "to sqlite"])
@@ -31,6 +31,7 @@ def both(request: pytest.FixtureRequest, redis_process: RedisProcess, tmp_path: 
 
 def fill(registry: Registry, tmp_path: Path) -> PrefixStore:
     store = PrefixStore(registry, Blobs(tmp_path / "blobs"), SHAPE)
+    make_tenants(registry, OURS, THEIRS)
     for tenant in (OURS, THEIRS):
         made = Tenant(tenant, keys=(new_key(SCOPES, 1.5)[1],))
         registry.update_tenant(tenant, lambda _, made=made: made)  # type: ignore[misc]
@@ -53,6 +54,8 @@ def test_everything_is_there_and_goes_on(both: list[Registry], tmp_path: Path) -
     made = copy(source, target)
     assert (made.num_tasks, len(made.tenants), len(made.audit), len(made.usage)) == (4, 2, 18, 2)
     assert replace(contents(target), tenants={}) == replace(contents(source), tenants={})
+    for tenant_name in (OURS, THEIRS):
+        assert target.list_audit(tenant_name, 99, None) == source.list_audit(tenant_name, 99, None)
     for tenant in source.list_tenants():
         assert replace(tenant, revision=0) == replace(target.get_tenant(tenant.name) or tenant, revision=0)
     assert target.pinned_tasks() == source.pinned_tasks()

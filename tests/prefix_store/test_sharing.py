@@ -20,15 +20,17 @@ from prefix_store.errors import (
 )
 from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
+from prefix_store.task_changes import Published
 from prefix_store.tenants import Limits, Tenant
-from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, ensemble, publish, soft
+from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, ensemble, make_tenants, publish, soft
 
 
 def names(tasks: list) -> list[str]:  # type: ignore[type-arg]
     return [f"{task.tenant}/{task.name}" for task in tasks]
 
 
-def test_shared_task_is_found_by_those_it_is_shared_with(store: PrefixStore) -> None:
+def test_shared_task_is_found_by_those_it_is_shared_with(store: PrefixStore, registry: Registry) -> None:
+    make_tenants(registry, OURS, "more")
     for seed in (1, 2):
         publish(store, "t", seed, tenant=THEIRS)
     store.share(THEIRS, "t", [OURS, "more"])
@@ -44,7 +46,8 @@ def test_shared_task_is_found_by_those_it_is_shared_with(store: PrefixStore) -> 
         store.resolve(OURS, "theirs/t")
 
 
-def test_task_shared_with_all_is_found_by_all(store: PrefixStore) -> None:
+def test_task_shared_with_all_is_found_by_all(store: PrefixStore, registry: Registry) -> None:
+    make_tenants(registry, "more")
     publish(store, "t", 1, tenant=THEIRS)
     assert store.share(THEIRS, "t", ["*", "more"]).shared_with == ("*", "more")
     assert store.resolve(OURS, "theirs/t").version == 1
@@ -53,7 +56,8 @@ def test_task_shared_with_all_is_found_by_all(store: PrefixStore) -> None:
         store.resolve(OURS, "theirs/t")
 
 
-def test_not_shared_and_not_there_read_the_same(store: PrefixStore) -> None:
+def test_not_shared_and_not_there_read_the_same(store: PrefixStore, registry: Registry) -> None:
+    make_tenants(registry, "somebody")
     publish(store, "private", 1, tenant=THEIRS)
     publish(store, "shared", 2, tenant=THEIRS)
     store.share(THEIRS, "shared", ["somebody"])
@@ -65,7 +69,8 @@ def test_not_shared_and_not_there_read_the_same(store: PrefixStore) -> None:
     assert texts == {"no task 'OWNER/T'"}
 
 
-def test_shared_tasks_are_listed_by_owner_and_page(store: PrefixStore) -> None:
+def test_shared_tasks_are_listed_by_owner_and_page(store: PrefixStore, registry: Registry) -> None:
+    make_tenants(registry, OURS, "somebody")
     for owner in ("b", "a", "a-b", OURS):
         for name in ("y", "x", "z"):
             publish(store, name, tenant=owner)
@@ -121,28 +126,31 @@ def test_same_content_of_two_tenants_is_stored_and_loaded_apart(store: PrefixSto
 
 
 def test_limits_on_what_is_stored_hold(store: PrefixStore, registry: Registry, tmp_path: Path) -> None:
-    for tenant in (OURS, THEIRS):
-        registry.update_tenant(tenant, lambda found, tenant=tenant: found or Tenant(tenant))  # type: ignore[misc]
-    first = publish(store, "t", 1, limits=Limits(max_prefixes=1)).version
+    def publish_within(task: str, seed: int, tenant: str = OURS, **limits: int) -> Published:
+        make_tenants(registry, tenant, limits=Limits(**limits))  # type: ignore[arg-type]
+        return publish(store, task, seed, tenant=tenant, within_limits=True)
+
+    first = publish_within("t", 1, max_prefixes=1).version
     files = sorted((tmp_path / "blobs").rglob("*.safetensors"))
     assert store.stored(OURS) == Stored(1, first.num_bytes)
     with pytest.raises(QuotaError, match="max_prefixes of this tenant is 1, it stores 1; delete a version first"):
-        publish(store, "u", 2, limits=Limits(max_prefixes=1))
-    enough = Limits(max_stored_bytes=2 * first.num_bytes)
+        publish_within("u", 2, max_prefixes=1)
     with pytest.raises(QuotaError, match=f"it stores {first.num_bytes} and the file has {first.num_bytes}"):
-        publish(store, "u", 2, limits=Limits(max_stored_bytes=2 * first.num_bytes - 1))
+        publish_within("u", 2, max_stored_bytes=2 * first.num_bytes - 1)
     with pytest.raises(ArtefactTooLargeError, match="max_virtual_tokens of this tenant is 3, got 4"):
-        publish(store, "u", 2, limits=Limits(max_virtual_tokens=3))
+        publish_within("u", 2, max_virtual_tokens=3)
     assert sorted((tmp_path / "blobs").rglob("*.safetensors")) == files
     assert not store.has_task(OURS, "u")
-    assert publish(store, "t", 1, limits=Limits(max_prefixes=0)).is_new is False
-    assert publish(store, "u", 2, limits=enough).is_new
+    assert publish_within("t", 1, max_prefixes=0).is_new is False
+    assert publish_within("u", 2, max_stored_bytes=2 * first.num_bytes).is_new
     whole = store.make_ensemble(OURS, ["t", "u"], "vote")
+    make_tenants(registry, OURS, limits=Limits(max_prefixes=2))
     with pytest.raises(QuotaError, match="max_prefixes"):
-        store.publish_ensemble(OURS, "e", whole, limits=Limits(max_prefixes=2))
-    store.publish_ensemble(OURS, "e", whole, limits=Limits(max_prefixes=3, max_virtual_tokens=4))
+        store.publish_ensemble(OURS, "e", whole, within_limits=True)
+    make_tenants(registry, OURS, limits=Limits(max_prefixes=3, max_virtual_tokens=4))
+    store.publish_ensemble(OURS, "e", whole, within_limits=True)
     assert store.stored(OURS) == Stored(3, 2 * first.num_bytes)
-    assert publish(store, "t", 3, tenant=THEIRS, limits=enough).is_new
+    assert publish_within("t", 3, THEIRS, max_stored_bytes=2 * first.num_bytes).is_new
     store.delete_task(OURS, "e")
     store.delete_task(OURS, "u")
     assert store.stored(OURS) == Stored(1, first.num_bytes)
@@ -151,21 +159,21 @@ def test_limits_on_what_is_stored_hold(store: PrefixStore, registry: Registry, t
 def test_nothing_is_stored_for_a_tenant_that_is_gone(store: PrefixStore, registry: Registry, tmp_path: Path) -> None:
     """As by an upload that was let in before. `default` needs not be made."""
     registry.update_tenant(OURS, lambda _: Tenant(OURS))
-    publish(store, "t", 1, limits=Limits())
+    publish(store, "t", 1, within_limits=True)
     whole = store.make_ensemble(OURS, ["t", "t"], "vote")
     store.delete_tenant(OURS)
     with pytest.raises(NotFoundError, match="no tenant 'ours'"):
-        publish(store, "t", 1, limits=Limits())
+        publish(store, "t", 1, within_limits=True)
     with pytest.raises(NotFoundError):
-        store.publish_ensemble(OURS, "e", whole, limits=Limits())
+        store.publish_ensemble(OURS, "e", whole, within_limits=True)
     assert store.list_tasks(OURS) == []
     assert not list((tmp_path / "blobs").rglob("*.safetensors"))
-    assert publish(store, "t", 1, tenant="default", limits=Limits()).is_new
+    assert publish(store, "t", 1, tenant="default", within_limits=True).is_new
 
 
 def test_tenant_goes_with_all_that_it_stores(store: PrefixStore, registry: Registry, tmp_path: Path) -> None:
+    make_tenants(registry, OURS, THEIRS, "third")
     for tenant in (OURS, THEIRS):
-        registry.update_tenant(tenant, lambda found, tenant=tenant: found or Tenant(tenant))  # type: ignore[misc]
         for i in range(3):
             publish(store, f"t{i}", i, tenant=tenant)
         ensemble(store, "e", "t0", "t1", tenant=tenant)

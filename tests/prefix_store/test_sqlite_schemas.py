@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefix_store.audit import AuditEntry
 from prefix_store.blobs import Blobs
 from prefix_store.draft import Stored
 from prefix_store.ensemble import Ensemble, Member
@@ -100,14 +101,42 @@ def test_file_of_a_later_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "registry.sqlite"
     SqliteRegistry(path).close()
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 5")
+    db.execute("PRAGMA user_version = 6")
     db.close()
-    with pytest.raises(ConflictError, match="expected a registry of schema 4, got 5"):
+    with pytest.raises(ConflictError, match="expected a registry of schema 5, got 6"):
         SqliteRegistry(path)
 
 
+def make_audit_of_schema_4(db: sqlite3.Connection) -> None:
+    db.execute("DROP INDEX audit_by_tenant_number")
+    db.execute("ALTER TABLE audit DROP COLUMN tenant_number")
+    db.execute("CREATE INDEX audit_by_tenant ON audit (tenant, number)")
+
+
+def test_audit_of_the_fourth_schema_keeps_its_numbers_and_each_tenant_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite"
+    registry = SqliteRegistry(path)
+    for tenant in (OURS, THEIRS, THEIRS, OURS):
+        registry.append_audit(AuditEntry(tenant, "operator", "publish", "t@1", 1.5))
+    registry.close()
+    db = sqlite3.connect(path, isolation_level=None)
+    make_audit_of_schema_4(db)
+    db.execute("PRAGMA user_version = 4")
+    db.close()
+    for num_more in (0, 1):  # the second time it is of this schema
+        registry = SqliteRegistry(path)
+        assert registry.append_audit(AuditEntry(OURS, "operator", "publish", "t@2", 1.5)).number == 5 + num_more
+        registry.close()
+    registry = SqliteRegistry(path)
+    assert registry.append_audit(AuditEntry(THEIRS, "operator", "publish", "t@2", 1.5)).number == 4
+    assert [entry.number for entry in registry.list_audit(OURS, 9, None)] == [6, 5, 4, 1]
+    assert [entry.number for entry in registry.list_audit(THEIRS, 9, 4)] == [3, 2]
+    assert [entry.number for entry in registry.list_audit(None, 9, None)] == [7, 6, 5, 4, 3, 2, 1]
+    registry.close()
+
+
 def test_file_of_the_third_schema_goes_on(tmp_path: Path) -> None:
-    """It had no batches of usage."""
+    """It had no batches of usage, and its audit no numbers by tenant."""
     path = tmp_path / "registry.sqlite"
     row = Usage("2026-11-25", OURS, "t", 1, num_requests=1)
     registry = SqliteRegistry(path)
@@ -115,6 +144,7 @@ def test_file_of_the_third_schema_goes_on(tmp_path: Path) -> None:
     registry.close()
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("DROP TABLE usage_batches")
+    make_audit_of_schema_4(db)
     db.execute("PRAGMA user_version = 3")
     db.close()
     registry = SqliteRegistry(path)
@@ -159,7 +189,7 @@ def test_file_of_the_second_schema_keeps_layouts_ensembles_and_untenanted_files(
         store.close()
     store = PrefixStore(SqliteRegistry(path), Blobs(root), SHAPE)
     made = publish(store, "a", 1, tenant="default")
-    assert (made.version.version, made.task.revision) == (4, 6)
+    assert (made.version.version, made.task.revision) == (4, 3)
     store.delete_task("default", "both")
     store.delete_task("default", "a")
     assert not store.has_file("default", digest)
