@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from prefix_store.blobs import Blobs
 from prefix_store.errors import StorageFullError, UnavailableError, in_full
+from prefix_store.file_owner import claim
 from prefix_store.local_files import CONFIG, peft_files
 from prefix_store.mirror import Mirror
 from prefix_store.prefix import ModelShape
@@ -67,6 +68,9 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
             f"host must be a loopback address while no keys are configured, got {settings.host}; "
             "give operator_key_file, or make a tenant with `prefixserve tenant create`"
         )
+    blobs = Blobs(settings.blob_url or settings.data_dir / "blobs")
+    if (former := claim(registry, blobs)) is not None:
+        log.warning("files_taken_over", root=blobs.url, registry=registry.identity().id, copied_from=former)
     tokenizer = load_tokenizer(files.path)
     fields = read_generation_config(files.path, settings.generation_config)
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
@@ -92,7 +96,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
             f"expected {num_bytes:,} bytes of memory for kv_bytes and prefix_bytes, got: {error}"
         ) from error
     runner = ModelRunner(model, shape, kv_blocks)
-    store = PrefixStore(registry, Blobs(settings.blob_url or settings.data_dir / "blobs"), shape)
+    store = PrefixStore(registry, blobs, shape)
     engine = Engine(
         runner,
         lambda ref: store.load(ref.tenant_id or DEFAULT_TENANT, ref.digest),

@@ -20,7 +20,7 @@ from server.api.errors import PROBLEMS, RequestError, also
 from server.api.manifests import manifest
 from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
 from server.api.schemas import EXAMPLE_ENSEMBLE, EnsembleRequest
-from server.api.state import AppState, State
+from server.api.state import AppState, State, refs_of
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS)
 NATIVE_TYPES = (
@@ -124,6 +124,10 @@ async def upload(
             publish = partial(state.store.publish, tenant, task, prefix, base=base, **options)
         await check_again(request)
         published: Published = await asyncio.to_thread(publish)
+    if published.is_repair:
+        state.faults.forget(published.version)
+    for ref in refs_of(published.version):
+        state.engine.forget_failure(ref.key)
     await state.sync_pins()
     headers = {
         "ETag": f'"{published.task.revision}"',

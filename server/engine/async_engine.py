@@ -228,6 +228,10 @@ class AsyncEngine:
     def _block_bytes(self) -> int:
         return block_bytes(self.shape)
 
+    def forget_failure(self, key: str) -> None:
+        """Load this prefix when it is next asked for, although a load failed lately."""
+        self._engine.residents.failures.forget(key)
+
     def _is_loading(self, key: str) -> bool:
         failure = self._engine.residents.failures.get(key)
         if failure is not None:
