@@ -64,6 +64,7 @@ def add_version(
         task = draft.get(name) or task
     if known is not None:
         draft.record("publish-known", f"{name}@{known.version}")
+        task = draft.put(task) if is_repair() else task  # replicas follow the revision
         return Published(_point(draft, task, known.version) if activate else task, known, False, is_repair())
     _check_limits(draft, new, limits)
     for member in new.content.members if isinstance(new.content, Ensemble) else ():

@@ -78,6 +78,9 @@ class Upkeep:
         revisions = await asyncio.to_thread(self._state.registry.revisions)
         seen = Seen(revisions, self._state.keys.revision)
         if seen != self._followed:
+            before = self._followed.tasks if self._followed is not None else {}
+            for tenant, _ in revisions.items() - before.items():  # another replica may have put a file right
+                self._state.engine.forget_failures(tenant)
             await self._state.sync_pins()
             self._followed = seen
 

@@ -20,7 +20,7 @@ from server.api.errors import PROBLEMS, RequestError, also
 from server.api.manifests import manifest
 from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
 from server.api.schemas import EXAMPLE_ENSEMBLE, EnsembleRequest
-from server.api.state import AppState, State, refs_of
+from server.api.state import AppState, State
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS)
 NATIVE_TYPES = (
@@ -126,8 +126,7 @@ async def upload(
         published: Published = await asyncio.to_thread(publish)
     if published.is_repair:
         state.faults.forget(published.version)
-    for ref in refs_of(published.version):
-        state.engine.forget_failure(ref.key)
+        state.engine.forget_failures(tenant)
     await state.sync_pins()
     headers = {
         "ETag": f'"{published.task.revision}"',

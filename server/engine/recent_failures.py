@@ -26,10 +26,11 @@ class RecentFailures:
             recent = {key: each for key, each in self._failures.items() if now_s - each[0] <= REMEMBERED_S}
             self._failures = recent | {key: (now_s, kind, why, _is_versions_fault(error))}
 
-    def forget(self, key: str) -> None:
-        """Let the next request try again: the prefix was stored anew."""
+    def forget(self, tenant_id: str) -> None:
+        """Let the next request for a prefix of this tenant try again: a file of its may have been put right."""
         with self._changing:
-            self._failures = {each: failure for each, failure in self._failures.items() if each != key}
+            kept = {key: each for key, each in self._failures.items() if not key.startswith(f"{tenant_id}/")}
+            self._failures = kept
 
     def get(self, key: str) -> EngineError | None:
         """PrefixAwayError where the files could not be reached, else PrefixLoadError; the prefix's own fault each time
