@@ -22,6 +22,7 @@ from prefix_store.errors import (
     UnavailableError,
 )
 from prefix_store.native_format import digest_of
+from prefix_store.new_file import appear, fsync_folder
 from prefix_store.tenants import DEFAULT_TENANT, is_tenant_name
 from prefix_store.trash import Deleted, Trash
 
@@ -89,7 +90,7 @@ class Blobs:
                     _write(temporary, body)
                     self._replace(temporary, path)
                     for folder in (parent, parent.rsplit("/", 1)[0], self._root):
-                        _fsync_folder(folder)
+                        fsync_folder(folder)
                 elif self._is_s3:  # there a file appears when it is whole
                     self._fs.pipe_file(path, body)
                 else:
@@ -195,17 +196,11 @@ class Blobs:
                 return
             temporary = f"{self._root}/{PART}{uuid.uuid4().hex}"
             _write(temporary, body)
-            try:
-                if replaces:
-                    self._replace(temporary, path)
-                else:
-                    os.link(temporary, path)
-            except FileExistsError:  # another process was faster
-                return
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-            _fsync_folder(self._root)
+            if replaces:
+                self._replace(temporary, path)
+                fsync_folder(self._root)
+            else:
+                appear(Path(temporary), Path(path))
 
     def _replace(self, temporary: str, path: str) -> None:
         """On a disk: a folder in the place goes to the trash."""
@@ -308,11 +303,3 @@ def _write(path: str, body: bytes) -> None:
         file.write(body)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync_folder(folder: str) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

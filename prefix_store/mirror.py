@@ -13,7 +13,7 @@ from typing import TypeVar
 from prefix_store.audit import SERVER, AuditEntry, Author, no_entries
 from prefix_store.buckets import Taken
 from prefix_store.draft import Draft
-from prefix_store.errors import StorageFullError, UnavailableError, in_full
+from prefix_store.errors import DamagedRegistryError, StorageFullError, UnavailableError, in_full
 from prefix_store.local_copy import LocalCopy, Position
 from prefix_store.redis_events import FIRST, Event
 from prefix_store.redis_registry import RedisRegistry
@@ -56,10 +56,12 @@ class Mirror(LocalCopy):
 
     def start(self) -> None:
         """Catch up with the shared registry, or go on from what was seen last. Raises UnavailableError or
-        StorageFullError where nothing ever was."""
+        StorageFullError where nothing ever was, DamagedRegistryError where the copy cannot be read."""
         try:
             self._reconcile()
             self._trouble = None
+        except DamagedRegistryError:
+            raise
         except (UnavailableError, StorageFullError) as error:
             if not self._position.identity:
                 raise

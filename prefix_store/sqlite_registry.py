@@ -16,7 +16,7 @@ from prefix_store.draft import Draft, Stored, Write
 from prefix_store.entries import FILES, PINNED, file_entry, shared_entry
 from prefix_store.registry import Identity, NewFile, Registry
 from prefix_store.sqlite_accounts import SqliteAccounts, put_audit
-from prefix_store.sqlite_file import SqliteFile, put_task
+from prefix_store.sqlite_file import REMEDY, SqliteFile, put_task
 from prefix_store.task import EVERYONE, Task
 
 T = TypeVar("T")
@@ -31,8 +31,8 @@ class SqliteRegistry(SqliteAccounts, Registry):
 
     max_upload_s = 0.0
 
-    def __init__(self, path: Path, *, is_durable: bool = True) -> None:
-        super().__init__(SqliteFile(path, is_durable=is_durable))
+    def __init__(self, path: Path, *, is_durable: bool = True, remedy: str = REMEDY) -> None:
+        super().__init__(SqliteFile(path, is_durable=is_durable, remedy=remedy))
 
     def identity(self) -> Identity:
         with self._file.snapshot() as db:

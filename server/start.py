@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from prefix_store.blobs import Blobs
-from prefix_store.errors import StorageFullError, UnavailableError, in_full
+from prefix_store.errors import DamagedRegistryError, StorageFullError, UnavailableError, in_full
 from prefix_store.file_owner import claim
 from prefix_store.local_files import CONFIG, peft_files
 from prefix_store.mirror import Mirror
@@ -143,12 +143,25 @@ def open_registry(settings: Settings) -> Registry:
     if settings.redis_url is None:
         return SqliteRegistry(settings.data_dir / "registry.sqlite")
     shared = RedisRegistry(settings.redis_url)
-    mirror = Mirror(shared, settings.data_dir / "mirror.sqlite")
-    mirror.start()
+    mirror = _open_mirror(shared, settings.data_dir / "mirror.sqlite")
     with suppress(UnavailableError):
         if losses := shared.losses():
             expected = {name: DURABLE[name] for name in losses}
             log.warning("redis_may_lose_what_it_acknowledged", expected=expected, got=losses)
+    return mirror
+
+
+def _open_mirror(shared: RedisRegistry, path: Path) -> Mirror:
+    """A copy that is damaged is made anew."""
+    try:
+        mirror = Mirror(shared, path)
+        mirror.start()
+    except DamagedRegistryError as error:
+        log.warning("registry_copy_made_anew", reason=in_full(error))
+        for each in path.parent.glob(f"{path.name}*"):
+            each.unlink()
+        mirror = Mirror(shared, path)
+        mirror.start()
     return mirror
 
 
