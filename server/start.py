@@ -16,7 +16,13 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from prefix_store.blobs import Blobs
-from prefix_store.errors import DamagedRegistryError, StorageFullError, UnavailableError, in_full
+from prefix_store.errors import (
+    DamagedRegistryError,
+    InvalidArtefactError,
+    StorageFullError,
+    UnavailableError,
+    in_full,
+)
 from prefix_store.file_owner import claim
 from prefix_store.local_files import CONFIG, peft_files
 from prefix_store.mirror import Mirror
@@ -139,9 +145,11 @@ def load_tokenizer(path: Path) -> Any:
 
 def open_registry(settings: Settings) -> Registry:
     """Where tasks, versions, tenants and keys are kept: a file of this server's, or what replicas share, read through a
-    copy on this one's disk."""
+    copy on this one's disk. Raises DamagedRegistryError."""
     if settings.redis_url is None:
-        return SqliteRegistry(settings.data_dir / "registry.sqlite")
+        registry = SqliteRegistry(settings.data_dir / "registry.sqlite")
+        registry.pinned_tasks()  # which the start needs: here damage is told of in a line
+        return registry
     shared = RedisRegistry(settings.redis_url)
     mirror = _open_mirror(shared, settings.data_dir / "mirror.sqlite")
     with suppress(UnavailableError):
@@ -156,6 +164,7 @@ def _open_mirror(shared: RedisRegistry, path: Path) -> Mirror:
     try:
         mirror = Mirror(shared, path)
         mirror.start()
+        mirror.pinned_tasks()
     except DamagedRegistryError as error:
         log.warning("registry_copy_made_anew", reason=in_full(error))
         for each in path.parent.glob(f"{path.name}*"):
@@ -192,13 +201,13 @@ def run(settings: Settings, console: Console, examples: Path | None = None) -> N
 
 def publish_examples(store: PrefixStore, folder: Path) -> None:
     """Every PEFT folder in `folder` as a task of its name, unless there is a task of that name already. The server
-    starts without those that cannot be stored now."""
+    starts without those that are damaged or cannot be stored now."""
     for path in sorted(folder.iterdir()):
         if (path / CONFIG).is_file() and not store.has_task(DEFAULT_TENANT, path.name):
-            prefix = store.parse_peft(*peft_files(path))
             try:
+                prefix = store.parse_peft(*peft_files(path))
                 store.publish(DEFAULT_TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
-            except (UnavailableError, StorageFullError) as error:
+            except (OSError, InvalidArtefactError, UnavailableError, StorageFullError) as error:
                 log.warning("example_not_published", task=path.name, reason=in_full(error))
 
 
