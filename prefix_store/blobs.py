@@ -22,14 +22,13 @@ from prefix_store.errors import (
     UnavailableError,
 )
 from prefix_store.native_format import digest_of
-from prefix_store.new_file import appear, fsync_folder
+from prefix_store.new_file import FULL, appear, fsync_folder
 from prefix_store.tenants import DEFAULT_TENANT, is_tenant_name
 from prefix_store.trash import Deleted, Trash
 
 OWNER = "REGISTRY"  # no tenant has such a name
 MAX_OWNER = 40  # characters
 CHUNK_BYTES = 2**22
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 SUFFIX = ".safetensors"
 PART = ".part-"

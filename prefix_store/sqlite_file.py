@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from typing import Any
 from prefix_store.documents import read_content, write_task
 from prefix_store.entries import entries_of
 from prefix_store.errors import ConflictError, DamagedRegistryError, StorageFullError, UnavailableError
-from prefix_store.new_file import appear
+from prefix_store.new_file import FULL, appear
 from prefix_store.task import Task, Version
 from prefix_store.usage import COUNTS, FLOAT_COUNT
 
@@ -41,6 +43,7 @@ CREATE TABLE IF NOT EXISTS copied (identity TEXT NOT NULL, event TEXT NOT NULL);
 SCHEMA_VERSION = 4
 WAIT_S = 10.0
 MIN_BYTES = 512  # of the smallest page
+SHARED_BYTES = 32 * 1024  # of the file beside it that the first to open it makes
 UNAVAILABLE = (
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -54,6 +57,7 @@ COLUMNS = (
     "SELECT tables.name, columns.name FROM sqlite_master AS tables JOIN pragma_table_info(tables.name) AS columns "
     "WHERE tables.type = 'table'"
 )
+NO_ROOM = "the registry has no room: database or disk is full"
 REMEDY = "put a backup of the file back, or move it away to begin without tasks and tenants"
 # What rows of schemas 1 and 2 say. Schema 1 had decoder-only prefixes only: their kind and length are their content.
 OLD_TASKS = "SELECT tenant, name, revision, last_version, active, previous, is_pinned FROM tasks"
@@ -145,19 +149,26 @@ class SqliteFile:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-            code = extended & 0xFF  # the rest says where it came about
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest says where it came about
             if code in DAMAGED or (code == sqlite3.SQLITE_ERROR and str(error).startswith(NOT_OURS)):
                 raise self._damaged(str(error)) from error
-            # The first to open it takes 32 KiB beside it.
-            if code == sqlite3.SQLITE_FULL or extended == sqlite3.SQLITE_IOERR_SHMSIZE:
-                raise StorageFullError(
-                    "the registry has no room: database or disk is full", detail=self._path
-                ) from error
+            if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and not self._has_room()):
+                raise StorageFullError(NO_ROOM, detail=self._path) from error
             if code in UNAVAILABLE:
                 reason = f"expected to read and write the registry, got: {error}"
                 raise UnavailableError(reason, detail=self._path) from error
             raise
+
+    def _has_room(self) -> bool:
+        """Whether as much as SQLite needs at its first opening can be written beside the file, as far from a file's
+        beginning as SQLite writes. To SQLite, a quota or a limit on the size of files is an error like any other."""
+        paths = (self._path, self._path.with_name(f"{self._path.name}-wal"))
+        longest = max((path.stat().st_size for path in paths if path.exists()), default=0)
+        try:
+            with tempfile.TemporaryFile(dir=self._path.parent) as file:
+                return os.pwrite(file.fileno(), bytes(SHARED_BYTES), longest) == SHARED_BYTES
+        except OSError as error:
+            return error.errno not in FULL
 
     def _damaged(self, found: str) -> DamagedRegistryError:
         detail = f"{self._path}: expected a registry's SQLite file, got: {found}; {self._remedy}"
