@@ -9,15 +9,27 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from prefix_store.errors import DamagedBlobError, PrefixStoreError, StorageFullError, UnavailableError
+from prefix_store.errors import (
+    DamagedBlobError,
+    PrefixStoreError,
+    StorageFullError,
+    UnavailableError,
+)
 from prefix_store.native_format import digest_of
+from prefix_store.new_file import FULL, appear, fsync_folder
 from prefix_store.tenants import DEFAULT_TENANT, is_tenant_name
+from prefix_store.trash import Deleted, Trash
 
+OWNER = "REGISTRY"  # no tenant has such a name
+MAX_OWNER = 40  # characters
+CHUNK_BYTES = 2**22
+NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 SUFFIX = ".safetensors"
 PART = ".part-"
 FOLDER = re.compile(r"[0-9a-f]{2}")
@@ -25,10 +37,21 @@ FOLDER = re.compile(r"[0-9a-f]{2}")
 S3_TIMES: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 2}}
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """A blob, and when it was stored, in seconds since the epoch."""
+
+    tenant: str
+    digest: str
+    num_bytes: int
+    modified_s: float
+
+
 class Blobs:
     """`root` is a path or an fsspec URL. A blob is `<root>/<tenant>/<xx>/<digest>.safetensors`, and appears under its
     name only when it is whole and on the disk. Tenants share none: what one stores costs another the same time as if
-    it were not there.
+    it were not there. `<root>/REGISTRY` names the registry that refers to the blobs (`file_owner`), `<root>/TRASH`
+    has blobs that none refers to.
 
     Opening moves files without a tenant, `<root>/<xx>/<digest>.safetensors`, to the tenant `default`. All raises
     UnavailableError where the files cannot be reached.
@@ -44,28 +67,29 @@ class Blobs:
             self._root = str(found).rstrip("/")
             names = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol
             self._is_local = "file" in names
+            self.url = self._root if self._is_local else f"{names[0]}://{self._root}"
+            self._trash = Trash(self._fs, self._root, is_local=self._is_local)
             self._fs.makedirs(self._root, exist_ok=True)
             self._move_untenanted()
 
-    def put(self, tenant: str, body: bytes) -> str:
-        """Store `body`; the digest. Raises StorageFullError."""
+    def put(self, tenant: str, body: bytes, *, was_whole: bool = False) -> str:
+        """Store `body` unless this very content is there, and replace what is damaged; the digest. `was_whole`: the
+        caller knows that the content was there a moment ago, so only the file's size is looked at. Raises
+        StorageFullError."""
         digest = digest_of(body)
         path = self._path(tenant, digest)
         parent = path.rsplit("/", 1)[0]
         temporary = f"{parent}/{PART}{uuid.uuid4().hex}"
         with _named(f"store a file of {len(body)} bytes"):
-            if self._fs.exists(path):
+            if self._holds(path, body, only_size=was_whole):
                 return digest
             try:
                 self._fs.makedirs(parent, exist_ok=True)
                 if self._is_local:
-                    with open(temporary, "xb") as file:
-                        file.write(body)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    os.replace(temporary, path)
+                    _write(temporary, body)
+                    self._replace(temporary, path)
                     for folder in (parent, parent.rsplit("/", 1)[0], self._root):
-                        _fsync_folder(folder)
+                        fsync_folder(folder)
                 elif self._is_s3:  # there a file appears when it is whole
                     self._fs.pipe_file(path, body)
                 else:
@@ -77,13 +101,22 @@ class Blobs:
                 raise
         return digest
 
+    def holds(self, tenant: str, body: bytes) -> bool:
+        """Whether `body` is stored, byte for byte."""
+        with _named(f"read a file of {len(body)} bytes"):
+            return self._holds(self._path(tenant, digest_of(body)), body)
+
     def get(self, tenant: str, digest: str) -> bytes:
-        """The blob, checked against its digest. Raises DamagedBlobError."""
+        """The blob, checked against its digest; one that is missing comes back from the trash if it is there. Raises
+        DamagedBlobError."""
+        path = self._path(tenant, digest)
         with _named(f"read the file of {digest[:12]}"):
-            try:
-                body: bytes = self._fs.cat_file(self._path(tenant, digest))
-            except FileNotFoundError as error:
-                raise DamagedBlobError(f"the file of {digest[:12]} is missing") from error
+            body = self._read(path)
+            if body is None:
+                self._trash.restore(path)
+                body = self._read(path)
+        if body is None:
+            raise DamagedBlobError(f"the file of {digest[:12]} is missing")
         found = digest_of(body)
         if found != digest:
             raise DamagedBlobError(f"the file of {digest[:12]} was altered: its sha256 is {found[:12]}…")
@@ -99,27 +132,126 @@ class Blobs:
         with _named(f"delete the file of {digest[:12]}"), suppress(FileNotFoundError):
             self._fs.rm_file(path)
 
-    def digests(self) -> dict[str, set[str]]:
-        """All that is stored, by tenant."""
-        found: dict[str, set[str]] = {}
-        for path in self._files():
+    def discard(self, tenant: str, digest: str) -> bool:
+        """Move a blob to the trash. False: it is gone, or could not be moved in time."""
+        with _named(f"move the file of {digest[:12]} to the trash"):
+            return self._trash.put(self._path(tenant, digest))
+
+    def trashed(self, digests: dict[str, set[str]]) -> list[tuple[str, str]]:
+        """Those of these digests, by tenant, whose blob is in the trash: tenant and digest."""
+        with _named("list the trash"):
+            paths = self._trash.paths()
+        each = ((tenant, digest) for tenant, found in digests.items() for digest in sorted(found))
+        return [(tenant, digest) for tenant, digest in each if self._path(tenant, digest) in paths] if paths else []
+
+    def restore(self, tenant: str, digest: str) -> bool:
+        """Move a blob back from the trash. False: it is not there."""
+        with _named(f"move the file of {digest[:12]} back from the trash"):
+            return self._trash.restore(self._path(tenant, digest))
+
+    def empty_trash(self, grace_s: float) -> Deleted:
+        """Delete for good what has been in the trash for `grace_s` seconds."""
+        with _named("empty the trash"):
+            return self._trash.empty(grace_s)
+
+    def files(self) -> Iterator[StoredFile]:
+        """All blobs, the trash apart."""
+        for path, found in self._found():
             if path.endswith(SUFFIX):
                 tenant, _, name = path.rsplit("/", 3)[1:]
-                found.setdefault(tenant, set()).add(name.removesuffix(SUFFIX))
+                yield StoredFile(tenant, name.removesuffix(SUFFIX), int(found["size"] or 0), self._modified_s(found))
+
+    def digests(self) -> dict[str, set[str]]:
+        """All blobs, by tenant."""
+        found: dict[str, set[str]] = {}
+        for file in self.files():
+            found.setdefault(file.tenant, set()).add(file.digest)
         return found
 
     def sweep(self, min_age_s: float = 0.0) -> None:
         """Remove what writers that were killed left under temporary names, if it is as old as that."""
-        for path in self._files():
+        for path, found in self._found():
             if path.rsplit("/", 1)[1].startswith(PART):
                 with _named("delete what a killed writer left"), suppress(FileNotFoundError):
-                    if not min_age_s or time.time() - self._fs.modified(path).timestamp() >= min_age_s:
+                    if not min_age_s or time.time() - self._modified_s(found) >= min_age_s:
                         self._fs.rm_file(path)
 
-    def _files(self) -> Iterator[str]:
+    def owner(self) -> str | None:
+        """The id of the registry that these blobs belong to, or whatever stands in its place; None: nothing does."""
+        try:
+            with _named(f"read {OWNER}"):
+                found = self._read(f"{self._root}/{OWNER}")
+        except DamagedBlobError:
+            return ""
+        return None if found is None else found.decode(errors="replace").strip()[:MAX_OWNER]
+
+    def set_owner(self, registry_id: str, *, replaces: bool = False) -> None:
+        """Say whose blobs these are, unless something says so already and this does not replace it."""
+        path, body = f"{self._root}/{OWNER}", f"{registry_id}\n".encode()
+        with _named(f"write {OWNER}"):
+            if not self._is_local:
+                if replaces or not self._fs.exists(path):
+                    self._fs.pipe_file(path, body)
+                return
+            temporary = f"{self._root}/{PART}{uuid.uuid4().hex}"
+            _write(temporary, body)
+            if replaces:
+                self._replace(temporary, path)
+                fsync_folder(self._root)
+            else:
+                appear(Path(temporary), Path(path))
+
+    def _replace(self, temporary: str, path: str) -> None:
+        """On a disk: a folder in the place goes to the trash."""
+        if os.path.isdir(path) and not os.path.islink(path):
+            self._trash.put(path)
+        os.replace(temporary, path)
+
+    def _read(self, path: str) -> bytes | None:
+        """None: there is no such file. Raises DamagedBlobError for what is no file."""
+        try:
+            found: bytes = self._fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in NO_FILE:
+                raise DamagedBlobError(f"expected a file of the name {path.rsplit('/', 1)[1]}, found none") from error
+            raise
+        return found
+
+    def _holds(self, path: str, body: bytes, *, only_size: bool = False) -> bool:
+        """Whether the file at `path` is `body`, or, for `only_size`, as long as `body`."""
+        try:
+            found = self._fs.info(path)
+            if found["type"] != "file" or found["size"] != len(body):
+                return False
+            if only_size:
+                return True
+            rest = memoryview(body)
+            with self._fs.open(path, "rb", block_size=CHUNK_BYTES) as file:
+                while rest:
+                    chunk = file.read(CHUNK_BYTES)
+                    if not chunk or chunk != rest[: len(chunk)]:
+                        return False
+                    rest = rest[len(chunk) :]
+        except FileNotFoundError:
+            return False
+        except OSError:
+            if self._is_local:  # what cannot be read is replaced
+                return False
+            raise
+        return True
+
+    def _found(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Path and properties of every file but those in the trash."""
         with _named("list the files"):
-            found = self._fs.find(self._root)
-        return (str(path) for path in found)
+            found = self._fs.find(self._root, detail=True)
+        return ((str(path), each) for path, each in found.items() if not self._trash.has(str(path)))
+
+    def _modified_s(self, found: dict[str, Any]) -> float:
+        """What the listing says, or, where it does not, what the file system says of the file."""
+        modified = found.get("mtime") or found.get("LastModified") or self._fs.modified(found["name"])
+        return float(modified) if isinstance(modified, int | float) else float(modified.timestamp())
 
     def _listed(self, folder: str) -> list[dict[str, Any]]:
         """An object store has no empty folders: the last file takes its folder along, at any moment."""
@@ -158,16 +290,15 @@ def _named(what: str) -> Iterator[None]:
         raise
     except OSError as error:
         reason = f"expected to {what}, got: {error.strerror or type(error).__name__}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise StorageFullError(reason, detail=error) from error
         raise UnavailableError(reason, detail=error) from error
     except Exception as error:  # an object store's library has errors of its own
         raise UnavailableError(f"expected to {what}, got: {type(error).__name__}", detail=error) from error
 
 
-def _fsync_folder(folder: str) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write(path: str, body: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from prefix_store.audit import AuditEntry
 from prefix_store.ensemble import Ensemble, Member
+from prefix_store.errors import DamagedRegistryError
 from prefix_store.prefix import Layout
 from prefix_store.task import Task, Version
 from prefix_store.tenants import Key, Limits, Tenant
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _whole(read: Callable[P, T]) -> Callable[P, T]:
+    """Raises DamagedRegistryError for a document that is not what was written."""
+
+    @wraps(read)
+    def checked(*args: P.args, **given: P.kwargs) -> T:
+        try:
+            return read(*args, **given)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            detail = f"{read.__name__}: {type(error).__name__}: {error}; put a backup of the registry back"
+            raise DamagedRegistryError("the registry is damaged", detail=detail) from error
+
+    return checked
 
 
 def write_task(task: Task) -> str:
@@ -20,6 +40,7 @@ def write_task(task: Task) -> str:
     return _write(fields)
 
 
+@_whole
 def read_task(document: str) -> Task:
     fields = json.loads(document)
     named = {"tenant": fields["tenant"], "task": fields["name"]}
@@ -43,6 +64,7 @@ def write_tenant(tenant: Tenant) -> str:
     return _write(asdict(tenant))
 
 
+@_whole
 def read_tenant(document: str) -> Tenant:
     fields = json.loads(document)
     keys = (key | {"scopes": tuple(key["scopes"]), "tasks": tuple(key["tasks"])} for key in fields["keys"])
@@ -54,6 +76,7 @@ def write_audit(entry: AuditEntry) -> str:
     return _write({name: value for name, value in vars(entry).items() if name != "number"})
 
 
+@_whole
 def read_audit(number: int, document: str) -> AuditEntry:
     return AuditEntry(**json.loads(document), number=number)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from prefix_store.accounts import Accounts
 from prefix_store.audit import SERVER, TASK_ACTIONS, AuditEntry, Author
 from prefix_store.ensemble import Ensemble
-from prefix_store.entries import PINNED, entries_of, member_entry
+from prefix_store.entries import PINNED, entries_of, file_entry, member_entry
 from prefix_store.errors import NotFoundError
 from prefix_store.task import Task
 from prefix_store.tenants import Tenant, known_tenant
@@ -118,6 +118,10 @@ class Draft:
         """Append this to the tenant's audit with the change, also where that leaves all as it was."""
         assert action in TASK_ACTIONS
         self._audit.append(self._by.entry(self.tenant, action, subject))
+
+    def holders_of_file(self, digest: str) -> list[str]:
+        """The tasks that have a version of this content."""
+        return sorted(self._holders(file_entry(self.tenant, digest)))
 
     def users(self, task: str, version: int) -> list[str]:
         """The ensembles that have this version as a member, as `T@V`."""

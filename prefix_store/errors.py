@@ -17,6 +17,8 @@ PrefixStoreError
 ├── StorageFullError            no room on the disk
 │   └── QuotaError              no room in the tenant's own limits
 └── UnavailableError            the registry or a file cannot be reached or written
+    ├── DamagedRegistryError    the registry is there and cannot be read
+    └── ForeignFilesError       the files belong to another registry
 """
 
 from __future__ import annotations
@@ -92,6 +94,14 @@ class QuotaError(StorageFullError):
 
 class UnavailableError(PrefixStoreError):
     """The registry cannot be reached; nothing was changed, or whether it was is not known."""
+
+
+class DamagedRegistryError(UnavailableError):
+    """The registry's file, or a document in it, is not what was written."""
+
+
+class ForeignFilesError(UnavailableError):
+    """The files belong to another registry than the one given."""
 
 
 def in_full(error: Exception) -> str:

@@ -23,7 +23,7 @@ class LocalCopy(SqliteRegistry):
     file."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, is_durable=False)
+        super().__init__(path, is_durable=False, remedy="remove the file: it is read from the shared registry anew")
 
     def position(self) -> Position | None:
         with self._file.snapshot() as db:

@@ -13,11 +13,11 @@ from typing import TypeVar
 from prefix_store.audit import SERVER, AuditEntry, Author, no_entries
 from prefix_store.buckets import Taken
 from prefix_store.draft import Draft
-from prefix_store.errors import StorageFullError, UnavailableError, in_full
+from prefix_store.errors import DamagedRegistryError, StorageFullError, UnavailableError, in_full
 from prefix_store.local_copy import LocalCopy, Position
 from prefix_store.redis_events import FIRST, Event
 from prefix_store.redis_registry import RedisRegistry
-from prefix_store.registry import NewFile
+from prefix_store.registry import Identity, NewFile
 from prefix_store.tenants import Tenant
 from prefix_store.usage import Usage
 
@@ -56,10 +56,12 @@ class Mirror(LocalCopy):
 
     def start(self) -> None:
         """Catch up with the shared registry, or go on from what was seen last. Raises UnavailableError or
-        StorageFullError where nothing ever was."""
+        StorageFullError where nothing ever was, DamagedRegistryError where the copy cannot be read."""
         try:
             self._reconcile()
             self._trouble = None
+        except DamagedRegistryError:
+            raise
         except (UnavailableError, StorageFullError) as error:
             if not self._position.identity:
                 raise
@@ -69,6 +71,13 @@ class Mirror(LocalCopy):
     @property
     def is_degraded(self) -> bool:
         return self._trouble is not None
+
+    def identity(self) -> Identity:
+        """Of the shared registry; while that is away, of the data that was seen last."""
+        return Identity(self._position.identity) if self.is_degraded else self._shared.identity()
+
+    def add_predecessors(self, ids: Iterable[str]) -> None:
+        self._shared.add_predecessors(ids)
 
     def change(
         self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER

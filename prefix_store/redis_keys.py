@@ -13,6 +13,7 @@ TENANTS_REVISION = f"{PREFIX}:tenants_revision"  # string: a number, of all tena
 EVENTS = f"{PREFIX}:events"  # stream: what changed, of late
 HINTS = f"{PREFIX}:hints"  # channel: something changed
 IDENTITY = f"{PREFIX}:identity"  # string: made when the data was
+PREDECESSORS = f"{PREFIX}:predecessors"  # set: identities of the registries whose data was copied here
 REPLICAS = f"{PREFIX}:replicas"  # sorted set: id -> until when it counts, in ms
 AUDIT_NUMBER = f"{PREFIX}:audit_number"  # string: the last entry's number, over all tenants
 USAGE_ROWS = f"{PREFIX}:usage_rows"  # sorted set, all of score 0: lines `DAY TENANT TASK VERSION`

@@ -22,7 +22,7 @@ from prefix_store.redis_events import RedisEvents
 from prefix_store.redis_files import LEASE_S, RedisFiles
 from prefix_store.redis_scripts import COMMIT, LIST_TASKS
 from prefix_store.redis_server import TIMEOUT_S, RedisServer
-from prefix_store.registry import NewFile, Registry
+from prefix_store.registry import Identity, NewFile, Registry
 from prefix_store.task import EVERYONE, Task
 
 T = TypeVar("T")
@@ -59,6 +59,15 @@ class RedisRegistry(RedisAccounts, Registry):
     def losses(self) -> dict[str, str]:
         """As `RedisServer.losses`."""
         return self._server.losses()
+
+    def identity(self) -> Identity:
+        own = self.events.identity()
+        with self._server.answering() as client:
+            return Identity(own, tuple(sorted(client.smembers(keys.PREDECESSORS))))
+
+    def add_predecessors(self, ids: Iterable[str]) -> None:
+        with self._server.answering() as client:
+            client.sadd(keys.PREDECESSORS, *ids)
 
     def change(
         self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER

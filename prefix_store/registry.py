@@ -28,6 +28,15 @@ class NewFile:
     put: Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Identity:
+    """`id` is made with a registry's data and goes with its backups, so that files can name the registry that refers to
+    them. `predecessors` are the registries whose data was copied into it, which it may follow as the files' owner."""
+
+    id: str
+    predecessors: tuple[str, ...] = ()
+
+
 class Registry(Protocol):
     """Every method is atomic, and durable when it returns. All raise UnavailableError where the registry cannot be
     reached. Tasks are found by tenant and name only."""
@@ -39,6 +48,12 @@ class Registry(Protocol):
     def is_degraded(self) -> bool:
         """Whether what is read may be old, because a registry that others share is away."""
         return False
+
+    def identity(self) -> Identity: ...
+
+    def add_predecessors(self, ids: Iterable[str]) -> None:
+        """Remember the registries whose data this one has."""
+        ...
 
     def change(
         self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER

@@ -45,7 +45,8 @@ def contents(registry: Registry) -> Contents:
 
 def copy(source: Registry, target: Registry) -> Contents:
     """Nobody writes either meanwhile. The target is empty, or has what a copy that was cut off put there: then this
-    goes on. Raises ConflictError where it has anything else, and changes nothing then."""
+    goes on. The target keeps an id of its own, and may take over the files of the source (`file_owner`). Raises
+    ConflictError where it has anything else, and changes nothing then."""
     found, there = contents(source), contents(target)
     _check(found, there)
     for tenant, tasks in found.tasks.items():
@@ -56,6 +57,8 @@ def copy(source: Registry, target: Registry) -> Contents:
         target.append_audit(entry)
     if not there.usage:
         target.add_usage(found.usage, uuid.uuid4().hex)
+    identity = source.identity()
+    target.add_predecessors([identity.id, *identity.predecessors])
     return found
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefix_store.documents import read_content, write_task
 from prefix_store.entries import entries_of
-from prefix_store.errors import ConflictError, StorageFullError, UnavailableError
+from prefix_store.errors import ConflictError, DamagedRegistryError, StorageFullError, UnavailableError
+from prefix_store.new_file import FULL, appear
 from prefix_store.task import Task, Version
 from prefix_store.usage import COUNTS, FLOAT_COUNT
 
@@ -39,6 +43,8 @@ CREATE TABLE IF NOT EXISTS copied (identity TEXT NOT NULL, event TEXT NOT NULL);
 AUDIT_INDEX = "CREATE UNIQUE INDEX IF NOT EXISTS audit_by_tenant_number ON audit (tenant, tenant_number)"
 SCHEMA_VERSION = 5
 WAIT_S = 10.0
+MIN_BYTES = 512  # of the smallest page
+SHARED_BYTES = 32 * 1024  # of the file beside it that the first to open it makes
 UNAVAILABLE = (
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -46,6 +52,14 @@ UNAVAILABLE = (
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CANTOPEN,
 )
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+NOT_OURS = ("no such ", "table ", "Could not decode")  # what SQLite says of tables and texts that are not as expected
+COLUMNS = (
+    "SELECT tables.name, columns.name FROM sqlite_master AS tables JOIN pragma_table_info(tables.name) AS columns "
+    "WHERE tables.type = 'table'"
+)
+NO_ROOM = "the registry has no room: database or disk is full"
+REMEDY = "put a backup of the file back, or move it away to begin without tasks and tenants"
 # What rows of schemas 1 and 2 say. Schema 1 had decoder-only prefixes only: their kind and length are their content.
 OLD_TASKS = "SELECT tenant, name, revision, last_version, active, previous, is_pinned FROM tasks"
 OLD_VERSIONS = (
@@ -56,41 +70,48 @@ OLD_VERSIONS = (
 
 class SqliteFile:
     """Writes take their turn on one connection; reads have one a thread and never wait for a write. Raises
-    StorageFullError where the disk is full, UnavailableError where the file cannot be read or written.
+    StorageFullError where the disk is full, UnavailableError where the file cannot be read or written, and
+    DamagedRegistryError, now or at any call, where it is no registry's file or not as it was written; `remedy` says
+    what to do then.
 
     A file that is not `is_durable` may lose its last writes, never its consistency, when the machine stops.
     """
 
-    def __init__(self, path: Path, *, is_durable: bool = True) -> None:
+    def __init__(self, path: Path, *, is_durable: bool = True, remedy: str = REMEDY) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        self._remedy = remedy
         self._synchronous = "FULL" if is_durable else "NORMAL"
         self._writing = threading.Lock()
         self._readers = threading.local()
         self._connections: list[sqlite3.Connection] = []
-        with _named(path):
-            self._writer = self._connect()
+        with self._named():
+            if not path.exists():
+                self._create()
+            elif path.is_file() and path.stat().st_size < MIN_BYTES:  # SQLite would begin a new one in it
+                raise self._damaged(f"{path.stat().st_size} bytes")
+            self._writer = self._connect(path)
         with self.transaction() as db:
-            found = db.execute("PRAGMA user_version").fetchone()[0]
-            if found > SCHEMA_VERSION:
-                raise ConflictError(f"{path}: expected a registry of schema {SCHEMA_VERSION}, got {found}")
-            if found == SCHEMA_VERSION:
-                return  # nothing is written, so that a server starts on a full disk
-            for statement in SCHEMA.split(";"):
-                db.execute(statement)
-            if db.execute("SELECT 1 FROM tenants_revision").fetchone() is None:
-                db.execute("INSERT INTO tenants_revision VALUES (0)")
-            if found in (1, 2):
-                _migrate(db, found)
-            elif found in (3, 4):
-                _number_by_tenant(db)
-            db.execute(AUDIT_INDEX)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            _prepare(db, path)
+
+    def _create(self) -> None:
+        """The file appears whole, so that an empty one is damage."""
+        part = self._path.with_name(f"{self._path.name}.part-{uuid.uuid4().hex}")
+        try:
+            with closing(self._connect(part)) as db:
+                db.execute("BEGIN")
+                _prepare(db, self._path)
+                db.execute("COMMIT")
+            self._connections.remove(db)
+            appear(part, self._path)
+        finally:
+            for rest in self._path.parent.glob(f"{part.name}*"):
+                rest.unlink()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """No other write of any process happens meanwhile."""
-        with self._writing, _named(self._path):
+        with self._writing, self._named():
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -103,10 +124,10 @@ class SqliteFile:
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """All reads see one state."""
-        with _named(self._path):
+        with self._named():
             db: sqlite3.Connection | None = getattr(self._readers, "db", None)
             if db is None:
-                db = self._readers.db = self._connect()
+                db = self._readers.db = self._connect(self._path)
             db.execute("BEGIN")
             try:
                 yield db
@@ -117,32 +138,78 @@ class SqliteFile:
         for connection in self._connections:
             connection.close()
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
+    def _connect(self, path: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = {self._synchronous}")
         self._connections.append(db)
         return db
 
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest says where it came about
+            if code in DAMAGED or (code == sqlite3.SQLITE_ERROR and str(error).startswith(NOT_OURS)):
+                raise self._damaged(str(error)) from error
+            if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and not self._has_room()):
+                raise StorageFullError(NO_ROOM, detail=self._path) from error
+            if code in UNAVAILABLE:
+                reason = f"expected to read and write the registry, got: {error}"
+                raise UnavailableError(reason, detail=self._path) from error
+            raise
+
+    def _has_room(self) -> bool:
+        """Whether as much as SQLite needs at its first opening can be written beside the file, as far from a file's
+        beginning as SQLite writes. To SQLite, a quota or a limit on the size of files is an error like any other."""
+        paths = (self._path, self._path.with_name(f"{self._path.name}-wal"))
+        longest = max((path.stat().st_size for path in paths if path.exists()), default=0)
+        try:
+            with tempfile.TemporaryFile(dir=self._path.parent) as file:
+                return os.pwrite(file.fileno(), bytes(SHARED_BYTES), longest) == SHARED_BYTES
+        except OSError as error:
+            return error.errno not in FULL
+
+    def _damaged(self, found: str) -> DamagedRegistryError:
+        detail = f"{self._path}: expected a registry's SQLite file, got: {found}; {self._remedy}"
+        return DamagedRegistryError("the registry is damaged", detail=detail)
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    """Make the tables in a new file, bring those of an earlier schema to this one, and check those of this schema.
+    Raises ConflictError for a file of a later schema."""
+    found = db.execute("PRAGMA user_version").fetchone()[0]
+    if found > SCHEMA_VERSION:
+        raise ConflictError(f"{path}: expected a registry of schema {SCHEMA_VERSION}, got {found}")
+    if found == SCHEMA_VERSION:  # nothing is written, so that a server starts on a full disk
+        missing = _expected_columns() - set(db.execute(COLUMNS).fetchall())
+        if missing:
+            table, column = min(missing)
+            raise sqlite3.OperationalError(f"no such column: {table}.{column}")
+        return
+    if not found and db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
+        raise sqlite3.OperationalError("table of another program")
+    for statement in SCHEMA.split(";"):
+        db.execute(statement)
+    if db.execute("SELECT 1 FROM tenants_revision").fetchone() is None:
+        db.execute("INSERT INTO tenants_revision VALUES (0)")
+    if found in (1, 2):
+        _migrate(db, found)
+    elif found in (3, 4):
+        _number_by_tenant(db)
+    db.execute(AUDIT_INDEX)
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _expected_columns() -> set[tuple[str, str]]:
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA)
+        return set(db.execute(COLUMNS).fetchall())
+
 
 def put_task(db: sqlite3.Connection, task: Task) -> None:
     db.execute("INSERT OR REPLACE INTO task_documents VALUES (?, ?, ?)", (task.tenant, task.name, write_task(task)))
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-        code = extended & 0xFF  # the rest says where it came about
-        if code == sqlite3.SQLITE_FULL:
-            raise StorageFullError(f"the registry has no room: {error}", detail=path) from error
-        if extended == sqlite3.SQLITE_IOERR_SHMSIZE:  # the first to open it takes 32 KiB beside it
-            raise StorageFullError("the registry has no room: database or disk is full", detail=path) from error
-        if code in UNAVAILABLE:
-            raise UnavailableError(f"expected to read and write the registry, got: {error}", detail=path) from error
-        raise
 
 
 def _migrate(db: sqlite3.Connection, schema: int) -> None:

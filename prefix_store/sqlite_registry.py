@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,14 @@ from prefix_store.audit import SERVER, Author
 from prefix_store.documents import read_task
 from prefix_store.draft import Draft, Stored, Write
 from prefix_store.entries import FILES, PINNED, file_entry, shared_entry
-from prefix_store.registry import NewFile, Registry
+from prefix_store.registry import Identity, NewFile, Registry
 from prefix_store.sqlite_accounts import SqliteAccounts, accounts_in, put_audit, put_tenant
-from prefix_store.sqlite_file import SqliteFile, put_task
+from prefix_store.sqlite_file import REMEDY, SqliteFile, put_task
 from prefix_store.task import EVERYONE, Task
 
 T = TypeVar("T")
+# The registry's own id is number 0, those of its predecessors come after it. Files of this schema may lack the table.
+IDENTITIES = "CREATE TABLE IF NOT EXISTS identities (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE)"
 COUNTS = "SELECT revision, num_versions, num_bytes FROM tenant_counts WHERE tenant = ?"
 
 
@@ -28,8 +31,25 @@ class SqliteRegistry(SqliteAccounts, Registry):
 
     max_upload_s = 0.0
 
-    def __init__(self, path: Path, *, is_durable: bool = True) -> None:
-        super().__init__(SqliteFile(path, is_durable=is_durable))
+    def __init__(self, path: Path, *, is_durable: bool = True, remedy: str = REMEDY) -> None:
+        super().__init__(SqliteFile(path, is_durable=is_durable, remedy=remedy))
+
+    def identity(self) -> Identity:
+        with self._file.snapshot() as db:
+            found = _identities(db)
+        if not found:
+            with self._file.transaction() as db:
+                db.execute(IDENTITIES)
+                if not _identities(db):
+                    db.execute("INSERT INTO identities VALUES (0, ?)", (uuid.uuid4().hex,))
+                found = _identities(db)
+        return Identity(found[0], tuple(found[1:]))
+
+    def add_predecessors(self, ids: Iterable[str]) -> None:
+        known = self.identity()
+        with self._file.transaction() as db:
+            new = [(each,) for each in ids if each not in (known.id, *known.predecessors)]
+            db.executemany("INSERT INTO identities (id) VALUES (?)", new)
 
     def change(
         self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER
@@ -134,6 +154,12 @@ def _draft(db: sqlite3.Connection, tenant: str, by: Author = SERVER) -> Draft:
     revision, stored = _counts(db, tenant)
     read, holders = partial(_task, db, tenant), partial(_holders, db, tenant)
     return Draft(tenant, revision, stored, read, holders, partial(_names, db, tenant), accounts_in(db), by)
+
+
+def _identities(db: sqlite3.Connection) -> list[str]:
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'identities'").fetchone() is None:
+        return []
+    return [each for (each,) in db.execute("SELECT id FROM identities ORDER BY number").fetchall()]
 
 
 def _counts(db: sqlite3.Connection, tenant: str) -> tuple[int, Stored]:

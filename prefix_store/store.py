@@ -22,7 +22,9 @@ from prefix_store.errors import (
     NotFoundError,
     StorageFullError,
     UnavailableError,
+    in_full,
 )
+from prefix_store.file_owner import check_owner
 from prefix_store.host_cache import HostCache
 from prefix_store.names import TaskRef, is_task_name, known_version, parse_ref
 from prefix_store.native_format import digest_of, read_native, write_native
@@ -30,9 +32,11 @@ from prefix_store.peft_format import read_peft
 from prefix_store.prefix import Layout, ModelShape, Prefix
 from prefix_store.printable import first_unprintable
 from prefix_store.registry import NewFile, Registry
+from prefix_store.sweep import RULES, SweepRules, Swept, sweep
 from prefix_store.task import ANY, NewVersion, Precondition, Task, Version
 from prefix_store.task_changes import DeviceBytes, Published
 from prefix_store.tenants import is_tenant_name
+from prefix_store.upload import Upload
 
 T = TypeVar("T")
 MAX_NOTE = 200
@@ -50,15 +54,13 @@ class PrefixStore:
         self._shape = shape
         self._loaded = HostCache(max_host_bytes)
 
-    def sweep(self) -> None:
-        """Remove what killed writers left: parts of files, and files that no version refers to. Without the registry
-        nothing can be told to be unused, and what cannot be deleted stays."""
-        with suppress(UnavailableError, StorageFullError):
-            self._blobs.sweep(self._registry.max_upload_s)
-            stored, known = self._blobs.digests(), self._registry.digests()
-            for tenant, digests in stored.items():
-                unused = digests - known.get(tenant, set())
-                self._registry.release_unused(tenant, unused, partial(self._blobs.delete, tenant))
+    def sweep(self, rules: SweepRules = RULES) -> Swept:
+        """Move files that no version refers to out of the way, and remove parts that killed writers left. Without the
+        registry nothing can be told to be unused; what cannot be moved or deleted stays."""
+        try:
+            return sweep(self._registry, self._blobs, rules)
+        except (UnavailableError, StorageFullError) as error:
+            return Swept(reason=in_full(error))
 
     def parse_native(self, body: bytes) -> Prefix:
         """A validated prefix from a native file. Raises InvalidArtefactError."""
@@ -87,12 +89,13 @@ class PrefixStore:
     ) -> Published:
         """Store a new version: when this returns it survives anything. `activate` None: it goes live unless weights
         are set. `within_limits`: the tenant is there and its limits hold. Raises QuotaError, ArtefactTooLargeError,
-        PreconditionFailedError, StorageFullError, NotFoundError for a tenant that is gone."""
+        PreconditionFailedError, StorageFullError, NotFoundError for a tenant that is gone, ForeignFilesError."""
         body = write_native(replace(prefix, base_model=self._shape.model_name, fingerprint=self._shape.fingerprint))
         new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
-        file = NewFile(new.digest, lambda: self._blobs.put(tenant, body))
+        check_owner(self._registry, self._blobs)
+        upload = Upload(self._blobs, tenant, body)
         try:
-            return self._add_version(tenant, task, new, activate, precondition, within_limits, file, by)
+            return self._add_version(tenant, task, new, activate, precondition, within_limits, upload, by)
         except BaseException:
             self._drop_unused(tenant, {new.digest})
             raise
@@ -139,11 +142,15 @@ class PrefixStore:
         activate: bool | None,
         precondition: Precondition,
         within_limits: bool,
-        file: NewFile | None,
+        upload: Upload | None,
         by: Author,
     ) -> Published:
         add = partial(task_changes.add_version, name=task, new=new, within_limits=within_limits, now_s=time.time())
-        return self._registry.change(tenant, partial(add, activate=activate, precondition=precondition), file, by=by)
+        add = partial(add, activate=activate, precondition=precondition)
+        if upload is None:
+            return self._registry.change(tenant, add, by=by)
+        add = partial(add, is_repair=lambda: upload.is_stored)
+        return self._registry.change(tenant, add, NewFile(new.digest, upload.put), by=by)
 
     def _new_version(
         self, task: str, digest: str, content: Layout | Ensemble, num_bytes: int, base: str, note: str
@@ -341,4 +348,5 @@ class PrefixStore:
         for digest in digests:
             self._loaded.drop(tenant, digest)
         with suppress(UnavailableError, StorageFullError):
+            check_owner(self._registry, self._blobs)
             self._registry.release_unused(tenant, digests, partial(self._blobs.delete, tenant))

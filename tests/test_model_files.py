@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
 import threading
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,6 +78,62 @@ def write_gguf(path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "no JSON": lambda path: path.write_text("nonsense"),
+    "no UTF-8": lambda path: path.write_bytes(b"\xff\xfe\x80"),
+    "deeply nested": lambda path: path.write_text("[" * 100_000),
+    "a list": lambda path: path.write_text("[1, 2]"),
+    "a number": lambda path: path.write_text("3"),
+    "without its fields": lambda path: path.write_text("{}"),
+    "other types": lambda path: path.write_text(
+        json.dumps({"key": json.loads(path.read_text())["key"], "fingerprint": 7})
+    ),
+    "no digest": lambda path: path.write_text(
+        json.dumps({"key": json.loads(path.read_text())["key"], "fingerprint": "x"})
+    ),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a symlink to itself": lambda path: (path.unlink(), path.symlink_to(path)),
+    "unreadable": lambda path: path.chmod(0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_fingerprint_is_computed_anew(
+    damage: str, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFIXSERVE_CACHE_DIR", str(tmp_path / "cache"))
+    model = Path(shutil.copytree(model_path, tmp_path / "model"))
+    kept = model / "prefixserve-fingerprint.json"
+    kept.unlink(missing_ok=True)
+    expected = model_files.fingerprint(model)
+    DAMAGES[damage](kept)
+    for _ in range(2):
+        assert model_files.fingerprint(model) == expected
+    assert kept.is_dir() or damage == "unreadable" or json.loads(kept.read_text())["fingerprint"] == expected
+    assert not list(model.glob("prefixserve-fingerprint.json.*"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "a folder"])
+def test_damaged_model_that_was_fetched_is_made_anew(cache: Path, name: str, damage: str) -> None:
+    path = model_files.fetch_model(None).path
+    expected = {file.name: file.stat().st_size for file in path.iterdir()}
+    DAMAGES[damage](path / name)
+    again = model_files.fetch_model(None).path
+    assert {file.name: file.stat().st_size for file in again.iterdir()} == expected
+    assert AutoModelForCausalLM.from_pretrained(again).config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "no JSON"])
+def test_damaged_weights_that_were_fetched_are_fetched_anew(cache: Path, damage: str) -> None:
+    path = model_files.fetch_model(None).path
+    shutil.rmtree(path)
+    DAMAGES[damage](next(cache.glob("*.gguf")))
+    assert AutoModelForCausalLM.from_pretrained(model_files.fetch_model(None).path).config.num_hidden_layers == 1
 
 
 def test_starts_at_once_fetch_one_model(cache: Path) -> None:

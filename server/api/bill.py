@@ -8,6 +8,7 @@ from types import TracebackType
 
 import structlog
 
+from prefix_store.errors import PrefixStoreError, in_full
 from prefix_store.usage import Usage
 from server.api.auth import Caller
 from server.api.errors import RequestError
@@ -64,6 +65,8 @@ class Bill:
                 (version,) = self.target.versions
                 if self._state.faults.add(version, time.monotonic()):
                     await self._state.quarantine(version)
+        except PrefixStoreError as error:
+            log.warning("bill_not_settled", reason=in_full(error))
         except Exception:  # the request has its answer; nobody waits for this
             log.exception("bill_not_settled")
 

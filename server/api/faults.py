@@ -29,3 +29,7 @@ class FaultWatch:
             return False
         del self._faults_at_s[key]
         return True
+
+    def forget(self, version: Version) -> None:
+        """Count anew: what the version failed of was repaired."""
+        self._faults_at_s.pop((version.tenant, version.task, version.version), None)

@@ -174,7 +174,8 @@ class AppState:
     async def start(self) -> None:
         """Start the engine, see the registry once and make pinned prefixes resident."""
         await self.engine.start()
-        await asyncio.to_thread(self.store.sweep)
+        swept = await asyncio.to_thread(self.store.sweep)
+        (log.warning if swept.reason else log.info)("files_swept", **vars(swept))
         await self.sync_pins()
         self.metrics.watch(self.engine.stats, self.resident_bytes_by_task)
         self.is_registry_seen = True

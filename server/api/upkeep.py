@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from prefix_store.errors import PrefixStoreError, UnavailableError
+from prefix_store.errors import PrefixStoreError, UnavailableError, in_full
 from prefix_store.task import Version
 from prefix_store.usage import Usage
 from server.api.metering import today
@@ -78,6 +78,9 @@ class Upkeep:
         revisions = await asyncio.to_thread(self._state.registry.revisions)
         seen = Seen(revisions, self._state.keys.revision)
         if seen != self._followed:
+            before = self._followed.tasks if self._followed is not None else {}
+            for tenant, _ in revisions.items() - before.items():  # another replica may have put a file right
+                self._state.engine.forget_failures(tenant)
             await self._state.sync_pins()
             self._followed = seen
 
@@ -106,7 +109,9 @@ class Upkeep:
         self._sample_residency()
         try:
             await self._state.meter.flush()
-        except Exception:  # usage of this while is kept; the next time is soon
+        except PrefixStoreError as error:  # usage of this while is kept; the next time is soon
+            log.warning("usage_not_kept", reason=in_full(error))
+        except Exception:
             log.exception("usage_failed")
 
     def _sample_residency(self) -> None:
@@ -164,5 +169,7 @@ async def _repeat(work: Callable[[], Coroutine[None, None, None]], every_s: floa
         await asyncio.sleep(every_s)
         try:
             await work()
+        except PrefixStoreError as error:
+            log.warning("upkeep_waits", work=work.__name__, reason=in_full(error))
         except Exception:  # whatever it is, the next round goes on
             log.exception("upkeep_failed", work=work.__name__)

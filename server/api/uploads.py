@@ -125,6 +125,9 @@ async def upload(
             publish = partial(state.store.publish, tenant, task, prefix, base=base, **options)
         await check_again(request)
         published: Published = await asyncio.to_thread(publish)
+    if published.is_repair:
+        state.faults.forget(published.version)
+        state.engine.forget_failures(tenant)
     await state.sync_pins()
     headers = {
         "ETag": f'"{published.task.revision}"',

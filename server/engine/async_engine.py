@@ -228,6 +228,10 @@ class AsyncEngine:
     def _block_bytes(self) -> int:
         return block_bytes(self.shape)
 
+    def forget_failures(self, tenant_id: str) -> None:
+        """Load prefixes of this tenant when they are next asked for, although their loads failed lately."""
+        self._engine.residents.failures.forget(tenant_id)
+
     def _is_loading(self, key: str) -> bool:
         failure = self._engine.residents.failures.get(key)
         if failure is not None:

@@ -246,9 +246,10 @@ def _key() -> str:
 
 def _is_whole(path: Path) -> bool:
     """A library ends with its digest: a loader that maps a cut one may kill the process."""
-    if not path.exists():
+    try:
+        content = path.read_bytes()
+    except OSError:  # nothing is there, or what cannot be read: it is compiled anew
         return False
-    content = path.read_bytes()
     return content[-DIGEST_BYTES:] == hashlib.sha256(content[:-DIGEST_BYTES]).digest()
 
 
@@ -266,4 +267,6 @@ def _compile(path: Path) -> None:
                 raise OSError(f"{compiler} failed: {done.stderr.decode(errors='replace').strip()[:500]}")
         content = library.read_bytes()
         library.write_bytes(content + hashlib.sha256(content).digest())
+        if path.is_dir():
+            shutil.rmtree(path)
         library.replace(path)

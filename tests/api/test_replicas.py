@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from server.engine import recent_failures
 from server.model_files import ModelFiles
 from server.start import make_state, open_registry, publish_examples
 from tests.byte_model import save_prompt
@@ -79,6 +80,19 @@ def test_pins_are_held_by_both(replicas: tuple[Served, Served]) -> None:
     assert one.http.put("/v1/tenants/default", json={"limits": {"max_pinned_bytes": None}}).is_success
     assert one.http.post("/v1/prefixes/t/pin").status_code == 200
     eventually(lambda: other.http.get("/v1/prefixes/t").json().get("residency") == "resident")
+
+
+def test_a_file_that_is_put_right_is_tried_again_by_both(
+    replicas: tuple[Served, Served], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recent_failures, "REMEMBERED_S", 3600.0)
+    one, other = replicas
+    assert one.put("t", native(1)).status_code == 201
+    next((tmp_path / "blobs").rglob("*.safetensors")).write_bytes(b"")
+    eventually(lambda: version(other, "t") == 424)
+    assert one.put("t", native(1)).status_code == 200
+    eventually(lambda: version(other, "t") == "1")
+    assert version(one, "t") == "1"
 
 
 def test_without_redis_known_tasks_answer_and_uploads_wait(

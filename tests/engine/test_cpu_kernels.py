@@ -698,3 +698,10 @@ def test_two_that_start_at_once_compile_beside_each_other(tmp_path: Path) -> Non
         found = list(starts.map(load_kernels, [tmp_path / "kernels"] * 2))
     assert None not in found
     assert len(list((tmp_path / "kernels").iterdir())) == 1
+
+
+def test_folder_in_the_place_of_a_kept_library_is_compiled_anew(built: tuple[str, bytes], tmp_path: Path) -> None:
+    name, _ = built
+    (tmp_path / name / "inside").mkdir(parents=True)
+    assert load_kernels(tmp_path) is not None
+    assert (tmp_path / name).is_file()

@@ -14,7 +14,7 @@ from prefix_store.redis_registry import RedisRegistry
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from prefix_store.task import Task
-from tests.prefix_store.small_prefixes import OURS, SHAPE, ensemble, publish
+from tests.prefix_store.small_prefixes import AT_ONCE, OURS, SHAPE, ensemble, publish
 
 MAX_KEPT = 4
 
@@ -30,7 +30,7 @@ class Acknowledged:
 def open_store(folder: Path, url: str) -> PrefixStore:
     registry = RedisRegistry(url) if url else SqliteRegistry(folder / "registry.sqlite")
     store = PrefixStore(registry, Blobs(folder / "blobs"), SHAPE)
-    store.sweep()
+    store.sweep(AT_ONCE)
     return store
 
 

@@ -12,6 +12,7 @@ from prefix_store.ensemble import Ensemble
 from prefix_store.prefix import Layout, ModelShape, Prefix
 from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
+from prefix_store.sweep import SweepRules
 from prefix_store.task import ANY, NewVersion
 from prefix_store.task_changes import Published, add_version
 from prefix_store.tenants import Limits, Tenant
@@ -19,6 +20,7 @@ from prefix_store.tenants import Limits, Tenant
 HEADS, DIM, HIDDEN = 2, 8, 32
 SHAPE = ModelShape(2, HEADS, DIM, HIDDEN, 100, 512, torch.float32, "tiny", "f" * 64)
 OURS, THEIRS = "ours", "theirs"
+AT_ONCE = SweepRules(min_age_s=0, grace_s=0, max_share=1.0)
 Open = Callable[[], Registry]
 
 

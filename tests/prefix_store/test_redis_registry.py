@@ -27,7 +27,7 @@ from prefix_store.task_changes import Published, add_version
 from prefix_store.tenants import Tenant
 from prefix_store.usage import Usage
 from tests.prefix_store.redis_process import RedisProcess
-from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, add, new_version, publish
+from tests.prefix_store.small_prefixes import AT_ONCE, OURS, SHAPE, THEIRS, add, new_version, publish
 
 DIGEST = "a" * 64
 LAYOUT = Layout("kv", num_decoder_tokens=1)
@@ -227,7 +227,7 @@ class TestAway:
                 call()
             assert "secret" not in in_full(caught.value)
             assert "127.0.0.1" not in str(caught.value)
-        store.sweep()
+        store.sweep(AT_ONCE)
         registry.close()
 
     def test_usage_whose_answer_got_lost_counts_once(
@@ -305,7 +305,7 @@ class TestAway:
                 publish(store, "t", 10 + seed)
             process.start()
             assert store.get_task(OURS, "t") == made.task
-        store.sweep()
+        store.sweep(AT_ONCE)
         assert len(Blobs(tmp_path / "blobs").digests()[OURS]) == 3
         registry.close()
         process.kill()

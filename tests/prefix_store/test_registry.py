@@ -20,7 +20,7 @@ from prefix_store.prefix import Layout
 from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
 from prefix_store.task import Precondition
-from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, Open, add, ensemble, new_version, publish
+from tests.prefix_store.small_prefixes import AT_ONCE, OURS, SHAPE, THEIRS, Open, add, ensemble, new_version, publish
 
 CONTENTS = (
     Layout("kv", num_decoder_tokens=20),
@@ -142,7 +142,7 @@ class TestContract:
         publish(store, "a", 2)
         with pytest.raises(ConflictError):
             store.delete_version(OURS, "a", "1")
-        store.sweep()
+        store.sweep(AT_ONCE)
         assert store.has_file(OURS, one.digest)
         store.delete_task(OURS, "e")
         store.delete_version(OURS, "a", "1")
@@ -312,12 +312,12 @@ class TestContract:
 
         def sweep(store: PrefixStore) -> None:
             for _ in range(30):
-                store.sweep()
+                store.sweep(AT_ONCE)
 
         together(
             *(threading.Thread(target=churn, args=(stores[i % 2], f"t{i}")) for i in range(4)),
             threading.Thread(target=sweep, args=(stores[1],)),
         )
         assert missing == []
-        stores[0].sweep()
+        stores[0].sweep(AT_ONCE)
         assert Blobs(tmp_path / "blobs").digests() == {}

@@ -17,7 +17,7 @@ from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from tests.prefix_store.redis_process import RedisProcess
 from tests.prefix_store.s3_process import S3Process
-from tests.prefix_store.small_prefixes import OURS, SHAPE, THEIRS, publish, soft
+from tests.prefix_store.small_prefixes import AT_ONCE, OURS, SHAPE, THEIRS, publish, soft
 
 BODY = b"what a tenant stores"
 
@@ -97,7 +97,7 @@ def test_rubbish_is_collected_while_uploads_go_on(root: str, redis_process: Redi
 
     def collect() -> None:
         while not is_done.is_set():
-            other.sweep()
+            other.sweep(AT_ONCE)
 
     collector = threading.Thread(target=collect)
     collector.start()

@@ -20,7 +20,7 @@ from prefix_store.prefix import Layout, Prefix
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from prefix_store.usage import Usage
-from tests.prefix_store.small_prefixes import DIM, HEADS, HIDDEN, OURS, SHAPE, THEIRS, ensemble, publish
+from tests.prefix_store.small_prefixes import AT_ONCE, DIM, HEADS, HIDDEN, OURS, SHAPE, THEIRS, ensemble, publish
 
 # What the first schema's file was made with.
 SCHEMA_1 = """
@@ -72,7 +72,7 @@ def test_file_of_the_first_schema_keeps_every_version(tmp_path: Path) -> None:
     expected = make_schema_1(path, blobs)
     for _ in range(2):  # the second time it is of this schema
         store = PrefixStore(SqliteRegistry(path), blobs, SHAPE)
-        store.sweep()
+        store.sweep(AT_ONCE)
         films = store.get_task(OURS, "films")
         assert (films.revision, films.active, films.previous, films.is_pinned) == (9, 3, 1, True)
         tasks = [task for tenant in (OURS, THEIRS) for task in store.list_tasks(tenant)]
@@ -176,7 +176,7 @@ def test_file_of_the_second_schema_keeps_layouts_ensembles_and_untenanted_files(
     db.close()
     for _ in range(2):
         store = PrefixStore(SqliteRegistry(path), Blobs(root), SHAPE)
-        store.sweep()
+        store.sweep(AT_ONCE)
         assert store.resolve("default", "a").content == layout
         assert store.resolve("default", "both").content == whole
         assert store.load("default", digest).layout == layout
