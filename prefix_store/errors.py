@@ -10,7 +10,8 @@ PrefixStoreError
 ├── SuspendedError              the author's tenant was suspended before
 ├── NotFoundError               no such task or version for this tenant
 ├── ConflictError               the task's state forbids it
-│   └── IncompatibleError       stored for another model than the one served
+│   ├── IncompatibleError       stored for another model than the one served
+│   └── MemberError             ensembles have the version that would go
 ├── DisabledError               the task was taken out of service by hand
 ├── PreconditionFailedError     If-Match or If-None-Match does not hold
 ├── DamagedBlobError            a stored file is missing or not what was written
@@ -22,6 +23,8 @@ PrefixStoreError
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 
 class PrefixStoreError(Exception):
@@ -70,6 +73,23 @@ class ConflictError(PrefixStoreError):
 
 class IncompatibleError(ConflictError):
     """Stored for another model."""
+
+
+class MemberError(ConflictError):
+    """Ensembles of `tenant`, the versions `users`, have a version that would go."""
+
+    def __init__(self, what: str, tenant: str, users: list[str]) -> None:
+        super().__init__(f"{what} is a member of {', '.join(users)}; delete that first")
+        self.what = what
+        self.tenant = tenant
+        self.users = users
+
+    def seen_by(self, allows_task: Callable[[str], bool]) -> MemberError | ConflictError:
+        """The same without the names of tasks that are not allowed."""
+        seen = [user for user in self.users if allows_task(f"{self.tenant}/{user.partition('@')[0]}")]
+        if seen:
+            return MemberError(self.what, self.tenant, seen)
+        return ConflictError(f"{self.what} is a member of an ensemble that this key is not for; delete that first")
 
 
 class DisabledError(PrefixStoreError):

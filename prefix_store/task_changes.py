@@ -15,6 +15,7 @@ from prefix_store.errors import (
     ArtefactTooLargeError,
     ConflictError,
     InvalidChangeError,
+    MemberError,
     NotFoundError,
     QuotaError,
 )
@@ -270,10 +271,10 @@ def _can_replace(task: Task, failed: Version, number: int | None) -> bool:
 
 
 def _refuse_member(draft: Draft, name: str, version: int, but_of: str = "") -> None:
-    """Raises ConflictError naming the ensembles that have this version, those of the task `but_of` apart."""
+    """Raises MemberError naming the ensembles that have this version, those of the task `but_of` apart."""
     users = [user for user in draft.users(name, version) if user.partition("@")[0] != but_of]
     if users:
-        raise ConflictError(f"version {version} of task {name!r} is a member of {', '.join(users)}; delete that first")
+        raise MemberError(f"version {version} of task {name!r}", draft.tenant, users)
 
 
 def _check_limits(draft: Draft, new: NewVersion, limits: Limits) -> None:

@@ -135,6 +135,8 @@ def install(app: FastAPI) -> None:
             headers.setdefault("WWW-Authenticate", "Bearer")
         if status in (429, 503):
             headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
+        if isinstance(error, store_errors.MemberError):
+            error = error.seen_by(request.state.caller.allows_task)
         param = getattr(error, "param", None)
         return error_response(request.url.path, status, str(error), param=param, headers=headers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -214,6 +215,15 @@ class TestSeeing:
         (version,) = films.http.get("/v1/prefixes/films-both").json()["versions"]
         assert version["members"] == ["films-a@1", None]
         assert "books" not in films.http.get("/v1/prefixes").text
+        body["members"] = ["films-a@1", "films-b@1"]
+        assert house.http.put("/v1/prefixes/books-both", json=body).status_code in (200, 201)
+        for one, names in ((house, ["books-both@1", "films-both@1"]), (films, ["films-both@1"])):
+            refused = one.http.delete("/v1/prefixes/films-a")
+            assert refused.status_code == 409
+            assert re.findall(r"[a-z-]+@[0-9]+", refused.text) == names
+        refused = films.http.delete("/v1/prefixes/films-b")
+        assert (refused.status_code, "books" in refused.text) == (409, False)
+        assert house.http.delete("/v1/prefixes/books-both").status_code == 204
         assert house.http.delete("/v1/prefixes/films-both").status_code == 204
 
 
