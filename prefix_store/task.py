@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefix_store.ensemble import KIND, Ensemble
 from prefix_store.errors import NotFoundError, PreconditionFailedError
@@ -50,8 +50,9 @@ class Task:
     """A name and its versions, oldest first. `revision` changes with every change and is never used again, nor is a
     version's number: `last_version` is the highest so far.
 
-    `weights` are versions and their shares of the traffic (none: all goes to `active`), `shared_with` the tenants that
-    may use it, or `*`, and `quarantined` the versions that failed at run time.
+    `weights` are versions and their shares of the traffic (none: all goes to `active`), `live_before` the version that
+    was live when they were set (None: no weights, or weights of a release that did not keep it), `shared_with` the
+    tenants that may use it, or `*`, and `quarantined` the versions that failed at run time.
     """
 
     tenant: str
@@ -66,12 +67,28 @@ class Task:
     is_disabled: bool = False
     shared_with: tuple[str, ...] = ()
     quarantined: tuple[int, ...] = ()
+    live_before: int | None = None
+
+    @property
+    def live(self) -> int | None:
+        """The version that has all traffic; while weights are set, the one that had it when they were set."""
+        return self.live_before or self.active if self.weights else self.active
+
+    @property
+    def rollback_version(self) -> int | None:
+        """What the reference `previous` names: a rollback ends weights before it goes back further."""
+        return self.live if self.weights else self.previous
+
+    def pointed_to(self, version: int) -> Task:
+        """The task with all its traffic at `version`."""
+        changed = replace(self, active=version, weights=(), live_before=None)
+        return changed if version == self.live else replace(changed, previous=self.live)
 
     def find(self, version: str | None) -> Version:
         """The version of a reference: None (active), `previous`, a number, a digest's beginning. Raises
         NotFoundError."""
         if version is None or version == "previous":
-            number = self.active if version is None else self.previous
+            number = self.active if version is None else self.rollback_version
             found = [v for v in self.versions if v.version == number]
         elif len(version) < 12:
             found = [v for v in self.versions if str(v.version) == version]

@@ -79,7 +79,8 @@ def activate(draft: Draft, name: str, version: str, precondition: Precondition) 
 
 
 def set_weights(draft: Draft, name: str, weights: Mapping[str, int], precondition: Precondition) -> Task:
-    """Traffic by weights. An active version without one gives its place to the heaviest. Raises InvalidChangeError,
+    """Traffic by weights. An active version without one gives its place to the heaviest; weights that follow weights
+    keep what a rollback goes back to, unless a single version had all the traffic. Raises InvalidChangeError,
     NotFoundError, PreconditionFailedError."""
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise InvalidChangeError(f"weights must name 1 to {MAX_WEIGHTS} versions, got {len(weights)}")
@@ -91,12 +92,13 @@ def set_weights(draft: Draft, name: str, weights: Mapping[str, int], preconditio
     if len(found) < len(weights):
         raise InvalidChangeError(f"weights must name each version once, got {', '.join(sorted(weights))[:200]}")
     draft.record("activate", f"{name}@{','.join(f'{number}:{weight}' for number, weight in sorted(found.items()))}")
+    settled = _settled(task, set(found))
     changed = replace(
-        task,
+        settled,
         weights=tuple(sorted(found.items())),
         quarantined=tuple(number for number in task.quarantined if number not in found),
     )
-    return _put(draft, task, _with_weighted_active(changed))
+    return _put(draft, task, _with_weighted_active(changed, settled.live))
 
 
 def set_pinned(draft: Draft, name: str, is_pinned: bool) -> Task:
@@ -142,9 +144,12 @@ def quarantine(draft: Draft, name: str, version: int) -> Task | None:
     changed = replace(task, quarantined=(*task.quarantined, version))
     weights = tuple((number, weight) for number, weight in task.weights if number != version)
     if weights:
-        changed = _with_weighted_active(replace(changed, weights=weights))
-    elif version == task.active and _can_replace(task, failed, task.previous):
-        changed = replace(changed, active=task.previous, previous=version, weights=())
+        changed = _with_weighted_active(replace(changed, weights=weights), task.live)
+    elif version == task.active:
+        before = (number for number in (task.live, task.previous) if number != version)
+        found = next((number for number in before if _can_replace(task, failed, number)), None)
+        if found is not None:
+            changed = replace(changed, active=found, previous=version, weights=(), live_before=None)
     return draft.put(changed)
 
 
@@ -159,6 +164,8 @@ def delete_version(draft: Draft, name: str, version: str, precondition: Precondi
         raise ConflictError(f"version {number} of task {name!r} is active; activate another or delete the task")
     if number in dict(task.weights):
         raise ConflictError(f"version {number} of task {name!r} has a weight; take it from the weights first")
+    if number == task.live:
+        raise ConflictError(f"version {number} of task {name!r} is what a rollback goes back to; end the weights first")
     _refuse_member(draft, name, number)
     draft.record("delete", f"{name}@{number}")
     draft.put(
@@ -202,17 +209,27 @@ def _put(draft: Draft, before: Task, after: Task) -> Task:
 
 
 def _point(draft: Draft, task: Task, version: int) -> Task:
-    changed = replace(task, weights=(), quarantined=tuple(each for each in task.quarantined if each != version))
-    if version != task.active:
-        changed = replace(changed, active=version, previous=task.active)
+    quarantined = tuple(each for each in task.quarantined if each != version)
+    changed = replace(task.pointed_to(version), quarantined=quarantined)
     return _put(draft, draft.get(task.name) or task, changed)
 
 
-def _with_weighted_active(task: Task) -> Task:
-    if task.active in dict(task.weights):
-        return task
-    heaviest = max(task.weights, key=lambda pair: (pair[1], -pair[0]))[0]
-    return replace(task, active=heaviest, previous=task.active)
+def _settled(task: Task, wanted: set[int]) -> Task:
+    """The task as new weights for the `wanted` versions find it. A single weight was all the traffic, so that its
+    version is live, unless it is only weighed again."""
+    weighted = {version for version, _ in task.weights}
+    if len(weighted) == 1 and weighted != wanted:
+        return task.pointed_to(*weighted)
+    return task
+
+
+def _with_weighted_active(task: Task, live: int | None) -> Task:
+    """The task with a weighted version as the active one, and with `live` as the version that a rollback goes back to
+    (None: no version was live before the weights, so the heaviest counts as that)."""
+    active = task.active
+    if active not in dict(task.weights):
+        active = max(task.weights, key=lambda pair: (pair[1], -pair[0]))[0]
+    return replace(task, active=active, live_before=live or active)
 
 
 def _can_replace(task: Task, failed: Version, number: int | None) -> bool:

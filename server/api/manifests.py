@@ -22,7 +22,7 @@ def described(state: AppState, task: Task) -> dict[str, Any]:
         "task": task.name,
         "revision": task.revision,
         "active": task.active,
-        "previous": task.previous,
+        "previous": task.rollback_version,
         "weights": {str(version): weight for version, weight in task.weights} or None,
         "enabled": not task.is_disabled,
         "quarantined": list(task.quarantined),
@@ -39,7 +39,7 @@ def manifest(state: AppState, task: Task, version: Version) -> dict[str, Any]:
         "task": task.name,
         **_version(state, version),
         "active": task.active,
-        "previous": task.previous,
+        "previous": task.rollback_version,
         "revision": task.revision,
     }
 
