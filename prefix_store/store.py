@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 from prefix_store import task_changes
-from prefix_store.admission import BASES, check_name, match_base
+from prefix_store.admission import BASES, BASES_TO_ACCEPT, check_name, match_base
 from prefix_store.audit import SERVER, Author
 from prefix_store.blobs import Blobs
 from prefix_store.draft import Stored
@@ -67,9 +67,9 @@ class PrefixStore:
         """A validated prefix from PEFT's two files. Raises InvalidArtefactError."""
         return read_peft(config, weights, self._shape, index)
 
-    def match_base(self, prefix: Prefix, accept_base: bool = False) -> str:
-        """`verified`, `name-match`, `unverified` or, accepted, `mismatch`. Raises BaseMismatchError."""
-        return match_base(prefix, self._shape, accept_base)
+    def match_base(self, prefix: Prefix, accept_base: bool = False, base_fingerprint: str | None = None) -> str:
+        """As `admission.match_base`, with the store's model. Raises BaseMismatchError."""
+        return match_base(prefix, self._shape, accept_base, base_fingerprint)
 
     def publish(
         self,
@@ -78,6 +78,7 @@ class PrefixStore:
         prefix: Prefix,
         *,
         base: str,
+        accept_base: bool = False,
         note: str = "",
         activate: bool | None = None,
         precondition: Precondition = ANY,
@@ -85,10 +86,14 @@ class PrefixStore:
         by: Author = SERVER,
     ) -> Published:
         """Store a new version: when this returns it survives anything. `activate` None: it goes live unless weights
-        are set. `limits` are those of a tenant that is there. Raises QuotaError, ArtefactTooLargeError,
-        PreconditionFailedError, StorageFullError, NotFoundError for a tenant that is gone."""
+        are set, or nothing says for which model it was trained and the caller does not accept that (`accept_base`).
+        `limits` are those of a tenant that is there. Raises UnverifiedBaseError for one that is to go live and may not,
+        QuotaError, ArtefactTooLargeError, PreconditionFailedError, StorageFullError, NotFoundError for a tenant that is
+        gone."""
         body = write_native(replace(prefix, base_model=self._shape.model_name, fingerprint=self._shape.fingerprint))
         new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
+        is_accepted = accept_base and base in BASES_TO_ACCEPT
+        new = replace(new, claimed_base=prefix.base_model, is_base_accepted=is_accepted)
         file = NewFile(new.digest, lambda: self._blobs.put(tenant, body))
         try:
             return self._add_version(tenant, task, new, activate, precondition, limits, file, by)
@@ -118,16 +123,20 @@ class PrefixStore:
         task: str,
         ensemble: Ensemble,
         *,
+        accept_base: bool = False,
         note: str = "",
         activate: bool | None = None,
         precondition: Precondition = ANY,
         limits: Limits | None = None,
         by: Author = SERVER,
     ) -> Published:
-        """As `publish`; matched with the model as the worst of its members. Raises NotFoundError if a member was
-        deleted meanwhile."""
-        matched = {self.get_version(tenant, m.task, str(m.version)).base for m in ensemble.members}
-        new = self._new_version(task, ensemble.digest, ensemble, 0, max(matched, key=BASES.index), note)
+        """As `publish`; matched with the model as the worst of its members, and accepted where they are. Raises
+        NotFoundError if a member was deleted meanwhile."""
+        members = [self.get_version(tenant, m.task, str(m.version)) for m in ensemble.members]
+        base = max((member.base for member in members), key=BASES.index)
+        new = self._new_version(task, ensemble.digest, ensemble, 0, base, note)
+        is_accepted = accept_base or all(member.may_go_live for member in members)
+        new = replace(new, is_base_accepted=is_accepted and base in BASES_TO_ACCEPT)
         return self._add_version(tenant, task, new, activate, precondition, limits, None, by)
 
     def _add_version(
@@ -220,12 +229,22 @@ class PrefixStore:
         return self._registry.stored(tenant)
 
     def activate(
-        self, tenant: str, task: str, version: str, precondition: Precondition = ANY, *, by: Author = SERVER
+        self,
+        tenant: str,
+        task: str,
+        version: str,
+        precondition: Precondition = ANY,
+        *,
+        accept_base: bool = False,
+        base_fingerprint: str | None = None,
+        by: Author = SERVER,
     ) -> Task:
-        """Point the task to a version, and clear its weights; `previous` rolls back. Raises NotFoundError,
-        PreconditionFailedError."""
+        """Point the task to a version, and clear its weights; `previous` rolls back. A version whose base model is
+        unverified goes live if accepted, or with the fingerprint of the model that it was trained for. Raises
+        NotFoundError, PreconditionFailedError, UnverifiedBaseError, BaseMismatchError."""
+        given = {"precondition": precondition, "accept_base": accept_base, "base_fingerprint": base_fingerprint}
         number = known_version(task, version)
-        return self._change(tenant, task, by, task_changes.activate, version=number, precondition=precondition)
+        return self._change(tenant, task, by, task_changes.activate, version=number, **given)
 
     def set_weights(
         self,
@@ -234,12 +253,15 @@ class PrefixStore:
         weights: Mapping[str, int],
         precondition: Precondition = ANY,
         *,
+        accept_base: bool = False,
+        base_fingerprint: str | None = None,
         by: Author = SERVER,
     ) -> Task:
-        """Divide the task's traffic between versions. Raises InvalidChangeError, NotFoundError,
-        PreconditionFailedError."""
+        """Divide the task's traffic between versions, each as in `activate`. Raises InvalidChangeError, NotFoundError,
+        PreconditionFailedError, UnverifiedBaseError, BaseMismatchError."""
+        given = {"precondition": precondition, "accept_base": accept_base, "base_fingerprint": base_fingerprint}
         wanted = {known_version(task, version): weight for version, weight in weights.items()}
-        return self._change(tenant, task, by, task_changes.set_weights, weights=wanted, precondition=precondition)
+        return self._change(tenant, task, by, task_changes.set_weights, weights=wanted, **given)
 
     def set_pinned(self, tenant: str, task: str, is_pinned: bool, *, by: Author = SERVER) -> Task:
         return self._change(tenant, task, by, task_changes.set_pinned, is_pinned=is_pinned)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from prefix_store.ensemble import KIND, Ensemble
 from prefix_store.errors import NotFoundError, PreconditionFailedError
 from prefix_store.prefix import Layout
 
 EVERYONE = "*"
+UNVERIFIED = "unverified"
 
 
 @dataclass(frozen=True)
 class NewVersion:
-    """A version before it has a number. `num_bytes` is the native file's size (0: it has none, being an ensemble);
-    `base` how it was matched with the model."""
+    """A version before it has a number. `num_bytes` is the native file's size (0: it has none, being an ensemble).
+
+    `base` says how the artefact was matched with the model `base_model` of this `fingerprint`, `claimed_base` what its
+    file names as its base model, and `is_base_accepted` that a caller took it although it was not matched.
+    """
 
     digest: str
     content: Layout | Ensemble
@@ -25,6 +29,13 @@ class NewVersion:
     base_model: str
     fingerprint: str
     note: str
+    claimed_base: str | None = field(default=None, kw_only=True)
+    is_base_accepted: bool = field(default=False, kw_only=True)
+
+    @property
+    def may_go_live(self) -> bool:
+        """Whether its base model was matched, or accepted as it is. One of another model is stored only if accepted."""
+        return self.base != UNVERIFIED or self.is_base_accepted
 
     @property
     def kind(self) -> str:
@@ -96,9 +107,15 @@ class Task:
             found = [v for v in self.versions if v.digest.startswith(version)]
         if len(found) != 1:
             if version is None:
-                raise NotFoundError(f"task {self.name!r} has no active version")
+                stored = f"; stored: {', '.join(str(v.version) for v in self.versions[-4:])}" if self.versions else ""
+                raise NotFoundError(f"task {self.name!r} has no active version{stored}")
             raise NotFoundError(f"no version {version!r} of task {self.name!r}")
         return found[0]
+
+    def with_version(self, changed: Version) -> Task:
+        """The task with `changed` in the place of the version of its number."""
+        versions = tuple(changed if each.version == changed.version else each for each in self.versions)
+        return replace(self, versions=versions)
 
     def choose(self, session: str | None = None) -> Version:
         """A version for one request: by the weights, the same for every request of a session as long as they are the

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from prefix_store.admission import BASES, BASES_TO_ACCEPT, next_step, other_fingerprint
 from prefix_store.draft import Draft
 from prefix_store.ensemble import Ensemble
 from prefix_store.errors import (
     ArtefactTooLargeError,
+    BaseMismatchError,
     ConflictError,
     InvalidChangeError,
     NotFoundError,
     QuotaError,
+    UnverifiedBaseError,
 )
-from prefix_store.task import EVERYONE, NewVersion, Precondition, Task, Version
+from prefix_store.task import EVERYONE, UNVERIFIED, NewVersion, Precondition, Task, Version
 from prefix_store.tenants import Limits, check_tenant_name
 
 MAX_WEIGHTS = 4
@@ -45,9 +48,11 @@ def add_version(
     limits: Limits | None,
     now_s: float,
 ) -> Published:
-    """`activate` None: it goes live unless weights are set. `limits` are those of a tenant that is there. Raises
-    PreconditionFailedError, NotFoundError for an ensemble whose members are not all there and for a tenant that is
-    gone, QuotaError and ArtefactTooLargeError beyond the limits."""
+    """`activate` None: it goes live unless weights are set or its base model is unverified. Content that the task has
+    already is no new version, but may bring a note, or what verifies its base model: with that it goes live as a new
+    version does. `limits` are those of a tenant that is there. Raises UnverifiedBaseError for one that is to go live
+    and may not, PreconditionFailedError, NotFoundError for an ensemble whose members are not all there and for a tenant
+    that is gone, QuotaError and ArtefactTooLargeError beyond the limits."""
     if limits is not None:
         draft.check_tenant()
     task = draft.get(name)
@@ -55,33 +60,59 @@ def add_version(
     if task is None:
         task = Task(draft.tenant, name, 0, None, None, False, ())
     known = next((version for version in task.versions if version.digest == new.digest), None)
-    if known is not None:
-        draft.record("publish-known", f"{name}@{known.version}")
-        return Published(_point(draft, task, known.version) if activate else task, known, False)
-    _check_limits(draft, new, limits)
-    for member in new.content.members if isinstance(new.content, Ensemble) else ():
-        if draft.present(member.task).find(str(member.version)).digest != member.digest:
-            raise NotFoundError(f"no version {member} any more: it was deleted and made anew")
-    version = Version(**vars(new), tenant=draft.tenant, task=name, version=task.last_version + 1, created_at_s=now_s)
-    task = replace(task, versions=(*task.versions, version), last_version=version.version)
-    draft.record("publish", f"{name}@{version.version}")
-    is_live = activate or (activate is None and not task.weights)
-    return Published(_point(draft, task, version.version) if is_live else draft.put(task), version, True)
+    if known is None:
+        _check_limits(draft, new, limits)
+        for member in new.content.members if isinstance(new.content, Ensemble) else ():
+            if draft.present(member.task).find(str(member.version)).digest != member.digest:
+                raise NotFoundError(f"no version {member} any more: it was deleted and made anew")
+        number = task.last_version + 1
+        version = Version(**vars(new), tenant=draft.tenant, task=name, version=number, created_at_s=now_s)
+        task = replace(task, versions=(*task.versions, version), last_version=number)
+        draft.record("publish", f"{name}@{number}")
+    else:
+        version = _renewed(known, new)
+        task = task.with_version(version)
+        draft.record("publish-known", f"{name}@{version.version}")
+    _record_base(draft, known, version)
+    if activate:
+        _check_base(draft, task, version)
+    elif activate is None and (known is None or not known.may_go_live) and not task.weights:
+        activate = _may_go_live(draft, version)
+    changed = _point(draft, task, version.version) if activate else _put(draft, draft.get(name), task)
+    return Published(changed, version, known is None)
 
 
-def activate(draft: Draft, name: str, version: str, precondition: Precondition) -> Task:
-    """All traffic goes to this version, were it weighted or quarantined before. Raises NotFoundError,
-    PreconditionFailedError."""
+def activate(
+    draft: Draft,
+    name: str,
+    version: str,
+    precondition: Precondition,
+    *,
+    accept_base: bool = False,
+    base_fingerprint: str | None = None,
+) -> Task:
+    """All traffic goes to this version, were it weighted or quarantined before. `accept_base` and `base_fingerprint` as
+    at an upload. Raises NotFoundError, PreconditionFailedError, UnverifiedBaseError, BaseMismatchError."""
     task = _checked(draft, name, precondition)
     number = task.find(version).version
+    task = _with_base(draft, task, number, accept_base, base_fingerprint)
     draft.record("activate", f"{name}@{number}")
     return _point(draft, task, number)
 
 
-def set_weights(draft: Draft, name: str, weights: Mapping[str, int], precondition: Precondition) -> Task:
+def set_weights(
+    draft: Draft,
+    name: str,
+    weights: Mapping[str, int],
+    precondition: Precondition,
+    *,
+    accept_base: bool = False,
+    base_fingerprint: str | None = None,
+) -> Task:
     """Traffic by weights. An active version without one gives its place to the heaviest; weights that follow weights
-    keep what a rollback goes back to, unless a single version had all the traffic. Raises InvalidChangeError,
-    NotFoundError, PreconditionFailedError."""
+    keep what a rollback goes back to, unless a single version had all the traffic. `accept_base` and
+    `base_fingerprint` as at an upload, for each of the versions. Raises InvalidChangeError, NotFoundError,
+    PreconditionFailedError, UnverifiedBaseError, BaseMismatchError."""
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise InvalidChangeError(f"weights must name 1 to {MAX_WEIGHTS} versions, got {len(weights)}")
     for version, weight in weights.items():
@@ -91,6 +122,9 @@ def set_weights(draft: Draft, name: str, weights: Mapping[str, int], preconditio
     found = {task.find(version).version: weight for version, weight in weights.items()}
     if len(found) < len(weights):
         raise InvalidChangeError(f"weights must name each version once, got {', '.join(sorted(weights))[:200]}")
+    before = task
+    for number in found:
+        task = _with_base(draft, task, number, accept_base, base_fingerprint)
     draft.record("activate", f"{name}@{','.join(f'{number}:{weight}' for number, weight in sorted(found.items()))}")
     settled = _settled(task, set(found))
     changed = replace(
@@ -98,7 +132,7 @@ def set_weights(draft: Draft, name: str, weights: Mapping[str, int], preconditio
         weights=tuple(sorted(found.items())),
         quarantined=tuple(number for number in task.quarantined if number not in found),
     )
-    return _put(draft, task, _with_weighted_active(changed, settled.live))
+    return _put(draft, before, _with_weighted_active(changed, settled.live))
 
 
 def set_pinned(draft: Draft, name: str, is_pinned: bool) -> Task:
@@ -204,7 +238,7 @@ def _checked(draft: Draft, name: str, precondition: Precondition) -> Task:
     return task
 
 
-def _put(draft: Draft, before: Task, after: Task) -> Task:
+def _put(draft: Draft, before: Task | None, after: Task) -> Task:
     return before if after == before else draft.put(after)
 
 
@@ -212,6 +246,59 @@ def _point(draft: Draft, task: Task, version: int) -> Task:
     quarantined = tuple(each for each in task.quarantined if each != version)
     changed = replace(task.pointed_to(version), quarantined=quarantined)
     return _put(draft, draft.get(task.name) or task, changed)
+
+
+def _renewed(known: Version, new: NewVersion) -> Version:
+    """A version as an upload of the same content leaves it: with what either says of its base model, and the last
+    note."""
+    renewed = replace(known, note=new.note or known.note)
+    if known.base == UNVERIFIED or BASES.index(new.base) < BASES.index(known.base):
+        renewed = replace(renewed, base=new.base, claimed_base=new.claimed_base)
+    is_accepted = known.is_base_accepted or (new.is_base_accepted and renewed.base in BASES_TO_ACCEPT)
+    return replace(renewed, is_base_accepted=is_accepted)
+
+
+def _record_base(draft: Draft, before: Version | None, after: Version) -> None:
+    """Tell the audit what an upload or an activation said of a version's base model, and that its note changed."""
+    subject = f"{after.task}@{after.version}"
+    if after.is_base_accepted and not (before is not None and before.is_base_accepted):
+        draft.record("accept-base", subject)
+    if before is not None and after.base != before.base:
+        draft.record("match-base", subject)
+    if before is not None and after.note != before.note:
+        draft.record("note", subject)
+
+
+def _with_base(draft: Draft, task: Task, number: int, accept_base: bool, base_fingerprint: str | None) -> Task:
+    """The task with a version that may go live. Raises BaseMismatchError, UnverifiedBaseError."""
+    before = after = task.find(str(number))
+    if base_fingerprint == after.fingerprint:
+        after = replace(after, base="verified")
+    elif accept_base and not after.may_go_live:
+        base = UNVERIFIED if base_fingerprint is None else "mismatch"
+        after = replace(after, base=base, is_base_accepted=True)
+    elif base_fingerprint is not None and not accept_base:
+        reason = other_fingerprint(base_fingerprint, after.fingerprint)
+        raise BaseMismatchError(f"base model: {reason}; accept_base=1 (--accept-base) takes it all the same")
+    _record_base(draft, before, after)
+    task = task.with_version(after)
+    _check_base(draft, task, after)
+    return task
+
+
+def _check_base(draft: Draft, task: Task, version: Version) -> None:
+    """Raises UnverifiedBaseError for a version that may not go live. One that was live stays so: a release before did
+    not ask."""
+    was_live = {task.active, task.previous, task.live, *dict(task.weights)}
+    if version.version not in was_live and not _may_go_live(draft, version):
+        raise UnverifiedBaseError(next_step(version) or "")
+
+
+def _may_go_live(draft: Draft, version: Version) -> bool:
+    """An ensemble may also where all its members may by now."""
+    members = version.content.members if isinstance(version.content, Ensemble) else ()
+    found = (draft.present(member.task).find(str(member.version)) for member in members)
+    return version.may_go_live or (bool(members) and all(member.may_go_live for member in found))
 
 
 def _settled(task: Task, wanted: set[int]) -> Task:

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from prefix_store.admission import next_step
 from prefix_store.blobs import Blobs
 from prefix_store.errors import StorageFullError, UnavailableError, in_full
 from prefix_store.local_files import CONFIG, peft_files
@@ -180,7 +181,10 @@ def publish_examples(store: PrefixStore, folder: Path) -> None:
         if (path / CONFIG).is_file() and not store.has_task(DEFAULT_TENANT, path.name):
             prefix = store.parse_peft(*peft_files(path))
             try:
-                store.publish(DEFAULT_TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
+                base = store.match_base(prefix)
+                version = store.publish(DEFAULT_TENANT, path.name, prefix, base=base, note="example").version
+                if not version.may_go_live:
+                    log.warning("example_not_live", task=path.name, reason=next_step(version))
             except (UnavailableError, StorageFullError) as error:
                 log.warning("example_not_published", task=path.name, reason=in_full(error))
 

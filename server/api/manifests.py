@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from prefix_store.admission import next_step
 from prefix_store.ensemble import Ensemble
 from prefix_store.prefix import PARTS
 from prefix_store.task import Task, Version
@@ -23,7 +24,7 @@ def described(state: AppState, task: Task) -> dict[str, Any]:
         "revision": task.revision,
         "active": task.active,
         "previous": task.rollback_version,
-        "weights": {str(version): weight for version, weight in task.weights} or None,
+        "weights": _weights(task),
         "enabled": not task.is_disabled,
         "quarantined": list(task.quarantined),
         "shared_with": list(task.shared_with),
@@ -40,8 +41,13 @@ def manifest(state: AppState, task: Task, version: Version) -> dict[str, Any]:
         **_version(state, version),
         "active": task.active,
         "previous": task.rollback_version,
+        "weights": _weights(task),
         "revision": task.revision,
     }
+
+
+def _weights(task: Task) -> dict[str, int] | None:
+    return {str(version): weight for version, weight in task.weights} or None
 
 
 def _version(state: AppState, version: Version) -> dict[str, Any]:
@@ -63,10 +69,13 @@ def _version(state: AppState, version: Version) -> dict[str, Any]:
         "num_bytes": version.num_bytes,
         "device_bytes": state.device_bytes([version], resident=False),
         "base": version.base,
+        "base_accepted": version.is_base_accepted,
+        "claimed_base": version.claimed_base,
         "base_model": version.base_model,
         "fingerprint": version.fingerprint,
         "status": "ok" if state.store.is_compatible(version) else "incompatible",
         "residency": state.residency(version),
+        "next_step": next_step(version),
         "note": version.note,
         "created_at_s": version.created_at_s,
     }

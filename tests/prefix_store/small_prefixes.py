@@ -34,7 +34,7 @@ def publish(
     activate: bool | None = None,
     limits: Limits | None = None,
 ) -> Published:
-    return store.publish(tenant, task, soft(seed, n), base="unverified", activate=activate, limits=limits)
+    return store.publish(tenant, task, soft(seed, n), base="name-match", activate=activate, limits=limits)
 
 
 def ensemble(store: PrefixStore, task: str, *members: str, rule: str = "mean_probs", tenant: str = OURS) -> Published:
