@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefix_store.documents import read_content, write_task
+from prefix_store.documents import read_content, read_task, write_task
 from prefix_store.entries import entries_of
 from prefix_store.errors import ConflictError, StorageFullError, UnavailableError
 from prefix_store.task import Task, Version
@@ -36,7 +36,7 @@ CREATE TABLE IF NOT EXISTS usage (
 CREATE TABLE IF NOT EXISTS usage_batches (batch TEXT PRIMARY KEY, at_s REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS copied (identity TEXT NOT NULL, event TEXT NOT NULL);
 """
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 WAIT_S = 10.0
 UNAVAILABLE = (
     sqlite3.SQLITE_BUSY,
@@ -81,6 +81,8 @@ class SqliteFile:
                 db.execute("INSERT INTO tenants_revision VALUES (0)")
             if found in (1, 2):
                 _migrate(db, found)
+            elif found:
+                _index_models(db)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
@@ -160,6 +162,13 @@ def _migrate(db: sqlite3.Connection, schema: int) -> None:
     db.row_factory = None
     for table in ("versions", "tasks", "revisions"):
         db.execute(f"DROP TABLE {table}")
+
+
+def _index_models(db: sqlite3.Connection) -> None:
+    """Schemas 3 and 4 had no entries of models."""
+    tasks = (read_task(document) for (document,) in db.execute("SELECT document FROM task_documents"))
+    entries = ((entry, task.tenant, task.name) for task in tasks for entry in entries_of(task))
+    db.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?, ?)", entries)
 
 
 def _old_version(task: Task, row: dict[str, Any]) -> Version:

@@ -28,7 +28,7 @@ from prefix_store.names import TaskRef, is_task_name, known_version, parse_ref
 from prefix_store.native_format import digest_of, read_native, write_native
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import Layout, ModelShape, Prefix
-from prefix_store.registry import NewFile, Registry
+from prefix_store.registry import NewFile, Registry, TaskCounts
 from prefix_store.task import ANY, NewVersion, Precondition, Task, Version
 from prefix_store.task_changes import Published
 from prefix_store.tenants import Limits
@@ -223,6 +223,10 @@ class PrefixStore:
     def list_shared(self, tenant: str, limit: int = 1000, after: str = "") -> list[Task]:
         """Other tenants' tasks that this one may use, by `owner/T`, from the first after `after`."""
         return self._registry.list_shared(tenant, limit, after)
+
+    def count_tasks(self, tenant: str | None = None) -> TaskCounts:
+        """Of one tenant or all: the tasks, and those that this model cannot serve."""
+        return self._registry.count_tasks(self._shape.fingerprint, tenant)
 
     def stored(self, tenant: str) -> Stored:
         """What counts towards the tenant's limits."""

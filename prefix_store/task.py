@@ -134,6 +134,11 @@ class Task:
         raise AssertionError("a place is less than the sum of the weights")
 
     @property
+    def fingerprint(self) -> str | None:
+        """Of the model that the active version was stored for."""
+        return next((version.fingerprint for version in self.versions if version.version == self.active), None)
+
+    @property
     def in_service(self) -> tuple[Version, ...]:
         """The versions that requests without one may get."""
         numbers: set[int | None] = {version for version, _ in self.weights} or {self.active}

@@ -12,7 +12,7 @@ import typer
 from server.base_folders import base_fingerprint
 from server.client import Client
 from server.options import LOCAL, AcceptBase, ApiKey, AsJson, BaseFolder, Index, ModelOption, Url, option, settings_of
-from server.terminal import fail, plain_errors, print_json, print_table, show, upload_bar
+from server.terminal import console, fail, plain_errors, print_json, print_table, show, upload_bar
 
 app = typer.Typer()
 
@@ -126,8 +126,13 @@ def list_(url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> 
         active: dict[str, Any] = next((v for v in task["versions"] if v["version"] == task["active"]), {})
         described = [active.get(name, "") for name in names]
         pinned = "yes" if task["pinned"] else ""
-        rows.append((task["task"], task["active"], len(task["versions"]), *described, task["residency"], pinned))
-    print_table(("task", "active", "versions", *names, "residency", "pinned"), rows)
+        about = (task["task"], task["active"], len(task["versions"]), *described, task["status"])
+        rows.append((*about, task["residency"], pinned))
+    print_table(("task", "active", "versions", *names, "status", "residency", "pinned"), rows)
+    num_incompatible = sum(task["status"] == "incompatible" for task in tasks)
+    if num_incompatible:
+        text = "tasks were stored for another model than the served one: they answer 409"
+        console.print(f"{num_incompatible} of {len(tasks)} {text}", highlight=False, soft_wrap=True)
 
 
 @app.command("show")

@@ -25,6 +25,7 @@ def described(state: AppState, task: Task) -> dict[str, Any]:
         "active": task.active,
         "previous": task.rollback_version,
         "weights": _weights(task),
+        "status": _status(state, active),
         "enabled": not task.is_disabled,
         "quarantined": list(task.quarantined),
         "shared_with": list(task.shared_with),
@@ -50,6 +51,10 @@ def _weights(task: Task) -> dict[str, int] | None:
     return {str(version): weight for version, weight in task.weights} or None
 
 
+def _status(state: AppState, version: Version | None) -> str:
+    return "ok" if version is None or state.store.is_compatible(version) else "incompatible"
+
+
 def _version(state: AppState, version: Version) -> dict[str, Any]:
     content: dict[str, Any]
     if isinstance(version.content, Ensemble):
@@ -73,7 +78,7 @@ def _version(state: AppState, version: Version) -> dict[str, Any]:
         "claimed_base": version.claimed_base,
         "base_model": version.base_model,
         "fingerprint": version.fingerprint,
-        "status": "ok" if state.store.is_compatible(version) else "incompatible",
+        "status": _status(state, version),
         "residency": state.residency(version),
         "next_step": next_step(version),
         "note": version.note,

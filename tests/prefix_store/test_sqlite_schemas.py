@@ -100,9 +100,9 @@ def test_file_of_a_later_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "registry.sqlite"
     SqliteRegistry(path).close()
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 5")
+    db.execute("PRAGMA user_version = 6")
     db.close()
-    with pytest.raises(ConflictError, match="expected a registry of schema 4, got 5"):
+    with pytest.raises(ConflictError, match="expected a registry of schema 5, got 6"):
         SqliteRegistry(path)
 
 
