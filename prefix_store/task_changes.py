@@ -61,7 +61,7 @@ def add_version(
         task = Task(draft.tenant, name, 0, None, None, False, ())
     known = next((version for version in task.versions if version.digest == new.digest), None)
     if known is None:
-        _check_limits(draft, new, limits)
+        _check_limits(draft, task, new, limits)
         for member in new.content.members if isinstance(new.content, Ensemble) else ():
             if draft.present(member.task).find(str(member.version)).digest != member.digest:
                 raise NotFoundError(f"no version {member} any more: it was deleted and made anew")
@@ -331,7 +331,7 @@ def _refuse_member(draft: Draft, name: str, version: int, but_of: str = "") -> N
         raise ConflictError(f"version {version} of task {name!r} is a member of {', '.join(users)}; delete that first")
 
 
-def _check_limits(draft: Draft, new: NewVersion, limits: Limits | None) -> None:
+def _check_limits(draft: Draft, task: Task, new: NewVersion, limits: Limits | None) -> None:
     if limits is None:
         return
     most = limits.max_virtual_tokens
@@ -341,6 +341,11 @@ def _check_limits(draft: Draft, new: NewVersion, limits: Limits | None) -> None:
         raise QuotaError(
             f"max_prefixes of this tenant is {limits.max_prefixes}, it stores {draft.stored.num_versions}; "
             "delete a version first"
+        )
+    if limits.max_versions is not None and len(task.versions) >= limits.max_versions:
+        raise QuotaError(
+            f"max_versions of this tenant is {limits.max_versions} for a task, {task.name!r} has {len(task.versions)}; "
+            f"delete old ones first (`prefixserve rm {task.name}@V`, DELETE /v1/prefixes/{task.name}/versions/V)"
         )
     room = limits.max_stored_bytes
     if room is not None and draft.stored.num_bytes + new.num_bytes > room:

@@ -206,7 +206,7 @@ class Run:
             self._seed += 1
             try:
                 if uploads:
-                    task, body = f"new{self._seed % 5}", native(self._seed)
+                    task, body = f"new{self._seed % 64}", native(self._seed)
                     answer = await http.put(f"/v1/prefixes/{task}?accept_base=1", content=body, headers=OCTETS)
                 else:
                     body = {"version": self._version}
