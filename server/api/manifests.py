@@ -74,7 +74,7 @@ def _version(state: AppState, version: Version) -> dict[str, Any]:
         "num_bytes": version.num_bytes,
         "device_bytes": state.device_bytes([version], resident=False),
         "base": version.base,
-        "base_accepted": version.is_base_accepted,
+        "base_accepted": version.is_base_accepted or version.base == "mismatch",
         "claimed_base": version.claimed_base,
         "base_model": version.base_model,
         "fingerprint": version.fingerprint,

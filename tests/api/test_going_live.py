@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import save
+from structlog.testing import capture_logs
 
+from prefix_store.local_files import CONFIG, WEIGHTS
+from server.start import publish_examples
+from tests.byte_model import HIDDEN
 from tests.conftest import Served, make_tenant, native
 
 
@@ -143,3 +150,18 @@ def test_previous_names_what_was_live_before_the_weights_on_every_route(
     rolled = activate(served, "canary", {"version": "previous"}).json()
     assert (rolled["active"], rolled["weights"], rolled["previous"]) == (1, None, 3)
     assert activate(served, "canary", {"version": "previous"}).json()["active"] == 3
+
+
+def test_example_that_claims_another_folder_is_stored_and_the_log_says_why(served: Served, tmp_path: Path) -> None:
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    for task, base in (("example-named", "tiny"), ("example-elsewhere", "/models/another")):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        (tmp_path / task / WEIGHTS).write_bytes(save({"prompt_embeddings": torch.ones(4, HIDDEN)}))
+    with capture_logs() as lines:
+        publish_examples(served.state.store, tmp_path)
+    (line,) = lines
+    assert (line["event"], line["task"]) == ("example_not_live", "example-elsewhere")
+    assert "'/models/another'" in line["reason"]
+    listed = {one["id"] for one in served.http.get("/v1/models").json()["data"]}
+    assert listed & {"example-named", "example-elsewhere"} == {"example-named"}
