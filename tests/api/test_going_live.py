@@ -152,9 +152,12 @@ def test_previous_names_what_was_live_before_the_weights_on_every_route(
     assert activate(served, "canary", {"version": "previous"}).json()["active"] == 3
 
 
-def test_example_that_claims_another_folder_is_stored_and_the_log_says_why(served: Served, tmp_path: Path) -> None:
+def test_example_that_claims_another_folder_is_stored_and_the_log_says_why(
+    served: Served, model_path: Path, tmp_path: Path
+) -> None:
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
-    for task, base in (("example-named", "tiny"), ("example-elsewhere", "/models/another")):
+    bases = {"example-named": "tiny", "example-here": str(model_path), "example-elsewhere": "/models/another"}
+    for task, base in bases.items():
         (tmp_path / task).mkdir()
         (tmp_path / task / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": base}))
         (tmp_path / task / WEIGHTS).write_bytes(save({"prompt_embeddings": torch.ones(4, HIDDEN)}))
@@ -164,4 +167,5 @@ def test_example_that_claims_another_folder_is_stored_and_the_log_says_why(serve
     assert (line["event"], line["task"]) == ("example_not_live", "example-elsewhere")
     assert "'/models/another'" in line["reason"]
     listed = {one["id"] for one in served.http.get("/v1/models").json()["data"]}
-    assert listed & {"example-named", "example-elsewhere"} == {"example-named"}
+    assert listed & set(bases) == {"example-named", "example-here"}
+    assert served.http.get("/v1/prefixes/example-here@1").json()["base"] == "verified"
