@@ -23,5 +23,5 @@ def register(files: ModelFiles, tasks: Iterable[Task], measures: Measures, data_
     shape = measure_shape(model, files.name, fingerprint(files.path))
     store = PrefixStore(SqliteRegistry(data_dir / "registry.sqlite"), Blobs(data_dir / "blobs"), shape)
     for task in tasks:
-        store.publish(DEFAULT_TENANT, task.name, task.prefix(measures), base="unverified")
+        store.publish(DEFAULT_TENANT, task.name, task.prefix(measures), base="verified")
     store.close()

@@ -64,7 +64,8 @@ class Served:
 
     def put(self, task: str, **body: Any) -> None:
         """A version of `task`: `content` a native file, or `json` an ensemble."""
-        httpx.put(f"http://127.0.0.1:{self.port}/v1/prefixes/{task}", timeout=300, **body).raise_for_status()
+        url = f"http://127.0.0.1:{self.port}/v1/prefixes/{task}?accept_base=1"
+        httpx.put(url, timeout=300, **body).raise_for_status()
 
     def publish(self, tasks: Iterable[Task], measures: Measures) -> None:
         """Those that are not there yet."""

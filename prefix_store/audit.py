@@ -7,7 +7,10 @@ import time
 from dataclasses import dataclass, replace
 
 TASK_ACTIONS = frozenset(
-    ("publish", "publish-known", "activate", "pin", "unpin", "enable", "disable", "share", "quarantine", "delete")
+    {
+        *("publish", "publish-known", "accept-base", "match-base", "note", "activate", "delete"),
+        *("pin", "unpin", "enable", "disable", "share", "quarantine"),
+    }
 )
 TASK_NAME = re.compile("[@ ]")  # what ends it in a subject as `T@V` or `T with south`
 

@@ -8,6 +8,7 @@ from prefix_store.task import Task
 
 PINNED = "pinned"
 FILES = "file"
+MODELS = "model"
 
 
 def file_entry(tenant: str, digest: str) -> str:
@@ -25,11 +26,18 @@ def shared_entry(tenant: str) -> str:
     return f"shared {tenant}"
 
 
+def model_entry(fingerprint: str) -> str:
+    """Of the tasks whose active version was stored for this model."""
+    return f"{MODELS} {fingerprint}"
+
+
 def entries_of(task: Task) -> frozenset[str]:
     found = {shared_entry(tenant) for tenant in task.shared_with}
     if task.is_pinned:
         found.add(PINNED)
     for version in task.versions:
+        if version.version == task.active:
+            found.add(model_entry(version.fingerprint))
         if isinstance(version.content, Ensemble):
             found |= {member_entry(task.tenant, m.task, m.version) for m in version.content.members}
         else:

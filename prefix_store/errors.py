@@ -2,7 +2,8 @@
 
 PrefixStoreError
 ├── InvalidArtefactError        the artefact itself is wrong
-│   └── BaseMismatchError       it was trained for another model
+│   ├── BaseMismatchError       it was trained for another model
+│   └── UnverifiedBaseError     nothing says for which model it was trained
 ├── ArtefactTooLargeError       more bytes or virtual tokens than the limit
 ├── InvalidTenantError          a tenant's name, key or limits are wrong
 ├── InvalidChangeError          weights or shares that a task cannot have
@@ -41,6 +42,11 @@ class InvalidArtefactError(PrefixStoreError):
 
 class BaseMismatchError(InvalidArtefactError):
     """The artefact names another base model or fingerprint."""
+
+
+class UnverifiedBaseError(InvalidArtefactError):
+    """The artefact names no base model that can be compared with the served one, and nobody has accepted it as it
+    is."""
 
 
 class ArtefactTooLargeError(PrefixStoreError):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prefix_store.bounded_json import read_json_object
 from prefix_store.errors import InvalidArtefactError
 from prefix_store.native_format import read_native
-from prefix_store.peft_format import num_tasks, read_peft
+from prefix_store.peft_format import MAX_CONFIG_BYTES, num_tasks, read_peft
 from prefix_store.prefix import ModelShape, Prefix
 
+MAX_HEADER_BYTES = 16 * 2**20
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -19,6 +21,23 @@ def peft_files(folder: Path) -> tuple[bytes, bytes]:
             others = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
             raise InvalidArtefactError(f"expected {name} in {folder}, found {others or 'nothing'}")
     return (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
+
+
+def claimed_base(path: Path) -> str | None:
+    """What the PEFT folder or native file names as its base model; None where it names none, has a fingerprint of its
+    own, or cannot be read as either."""
+    try:
+        if path.is_dir():
+            found = read_json_object((path / CONFIG).read_bytes(), CONFIG, MAX_CONFIG_BYTES)
+            named = found.get("base_model_name_or_path")
+        else:
+            with path.open("rb") as file:
+                num_bytes = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
+                found = read_json_object(file.read(num_bytes), path.name, MAX_HEADER_BYTES).get("__metadata__", {})
+            named = None if "fingerprint" in found else found.get("base_model")
+    except (InvalidArtefactError, OSError, TypeError, AttributeError):
+        return None
+    return named if isinstance(named, str) and named else None
 
 
 def count_tasks(path: Path) -> int:

@@ -37,6 +37,14 @@ class Identity:
     predecessors: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class TaskCounts:
+    """Tasks, and those of them whose active version was stored for another model than the one asked about."""
+
+    num_tasks: int
+    num_incompatible: int
+
+
 class Registry(Protocol):
     """Every method is atomic, and durable when it returns. All raise UnavailableError where the registry cannot be
     reached. Tasks are found by tenant and name only."""
@@ -81,6 +89,16 @@ class Registry(Protocol):
     def list_tasks(self, tenant: str, limit: int, after: str) -> list[Task]:
         """By name, from the first after `after`."""
         ...
+
+    def count_tasks(self, fingerprint: str, tenant: str | None = None) -> TaskCounts:
+        """Of one tenant or all; `fingerprint` is the model's."""
+        fingerprints: list[str | None] = []
+        for each in self.revisions() if tenant is None else (tenant,):
+            after = ""
+            while page := self.list_tasks(each, PAGE, after):
+                fingerprints += [task.fingerprint for task in page]
+                after = page[-1].name
+        return TaskCounts(len(fingerprints), sum(found not in (None, fingerprint) for found in fingerprints))
 
     def is_shared(self, owner: str, task: str, tenant: str) -> bool:
         """Whether there is such a task that `tenant` may use. Takes the same time whether the task is not there or not

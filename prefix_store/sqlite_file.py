@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefix_store.documents import read_content, write_task
+from prefix_store.documents import read_content, read_task, write_task
 from prefix_store.entries import entries_of
 from prefix_store.errors import ConflictError, DamagedRegistryError, StorageFullError, UnavailableError
 from prefix_store.new_file import FULL, appear
@@ -198,6 +198,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         _migrate(db, found)
     elif found in (3, 4):
         _number_by_tenant(db)
+        _index_models(db)
     db.execute(AUDIT_INDEX)
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -239,6 +240,13 @@ def _number_by_tenant(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE audit ADD COLUMN tenant_number INTEGER NOT NULL DEFAULT 0")
     db.execute("UPDATE audit SET tenant_number = number")
     db.execute("DROP INDEX IF EXISTS audit_by_tenant")
+
+
+def _index_models(db: sqlite3.Connection) -> None:
+    """Schemas 3 and 4 had no entries of models."""
+    tasks = (read_task(document) for (document,) in db.execute("SELECT document FROM task_documents"))
+    entries = ((entry, task.tenant, task.name) for task in tasks for entry in entries_of(task))
+    db.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?, ?)", entries)
 
 
 def _old_version(task: Task, row: dict[str, Any]) -> Version:

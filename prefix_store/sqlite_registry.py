@@ -13,8 +13,8 @@ from typing import TypeVar
 from prefix_store.audit import SERVER, Author
 from prefix_store.documents import read_task
 from prefix_store.draft import Draft, Stored, Write
-from prefix_store.entries import FILES, PINNED, file_entry, shared_entry
-from prefix_store.registry import Identity, NewFile, Registry
+from prefix_store.entries import FILES, MODELS, PINNED, file_entry, model_entry, shared_entry
+from prefix_store.registry import Identity, NewFile, Registry, TaskCounts
 from prefix_store.sqlite_accounts import SqliteAccounts, accounts_in, put_audit, put_tenant
 from prefix_store.sqlite_file import REMEDY, SqliteFile, put_task
 from prefix_store.task import EVERYONE, Task
@@ -96,6 +96,16 @@ class SqliteRegistry(SqliteAccounts, Registry):
                 (tenant, after, limit),
             ).fetchall()
         return [read_task(document) for (document,) in rows]
+
+    def count_tasks(self, fingerprint: str, tenant: str | None = None) -> TaskCounts:
+        of_tenant, given = ("", ()) if tenant is None else (" AND tenant = ?", (tenant,))
+        with self._file.snapshot() as db:
+            (num_tasks,) = db.execute(f"SELECT count(*) FROM task_documents WHERE true{of_tenant}", given).fetchone()
+            (num_incompatible,) = db.execute(
+                f"SELECT count(*) FROM entries WHERE entry > ? AND entry < ? AND entry != ?{of_tenant}",
+                (f"{MODELS} ", f"{MODELS}!", model_entry(fingerprint), *given),
+            ).fetchone()
+        return TaskCounts(num_tasks, num_incompatible)
 
     def is_shared(self, owner: str, task: str, tenant: str) -> bool:
         with self._file.snapshot() as db:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 from prefix_store import task_changes
-from prefix_store.admission import BASES, check_name, match_base
+from prefix_store.admission import BASES, BASES_TO_ACCEPT, check_name, match_base
 from prefix_store.audit import SERVER, Author
 from prefix_store.blobs import Blobs
 from prefix_store.draft import Stored
@@ -31,7 +31,7 @@ from prefix_store.native_format import digest_of, read_native, write_native
 from prefix_store.peft_format import read_peft
 from prefix_store.prefix import Layout, ModelShape, Prefix
 from prefix_store.printable import first_unprintable
-from prefix_store.registry import NewFile, Registry
+from prefix_store.registry import NewFile, Registry, TaskCounts
 from prefix_store.sweep import RULES, SweepRules, Swept, sweep
 from prefix_store.task import ANY, NewVersion, Precondition, Task, Version
 from prefix_store.task_changes import DeviceBytes, Published
@@ -70,9 +70,9 @@ class PrefixStore:
         """A validated prefix from PEFT's two files. Raises InvalidArtefactError."""
         return read_peft(config, weights, self._shape, index)
 
-    def match_base(self, prefix: Prefix, accept_base: bool = False) -> str:
-        """`verified`, `name-match`, `unverified` or, accepted, `mismatch`. Raises BaseMismatchError."""
-        return match_base(prefix, self._shape, accept_base)
+    def match_base(self, prefix: Prefix, accept_base: bool = False, base_fingerprint: str | None = None) -> str:
+        """As `admission.match_base`, with the store's model. Raises BaseMismatchError."""
+        return match_base(prefix, self._shape, accept_base, base_fingerprint)
 
     def publish(
         self,
@@ -81,6 +81,7 @@ class PrefixStore:
         prefix: Prefix,
         *,
         base: str,
+        accept_base: bool = False,
         note: str = "",
         activate: bool | None = None,
         precondition: Precondition = ANY,
@@ -88,10 +89,14 @@ class PrefixStore:
         by: Author = SERVER,
     ) -> Published:
         """Store a new version: when this returns it survives anything. `activate` None: it goes live unless weights
-        are set. `within_limits`: the tenant is there and its limits hold. Raises QuotaError, ArtefactTooLargeError,
-        PreconditionFailedError, StorageFullError, NotFoundError for a tenant that is gone, ForeignFilesError."""
+        are set, or nothing says for which model it was trained and the caller does not accept that (`accept_base`).
+        `within_limits`: the tenant is there and its limits hold. Raises UnverifiedBaseError for one that is to go live
+        and may not, QuotaError, ArtefactTooLargeError, PreconditionFailedError, StorageFullError, NotFoundError for a
+        tenant that is gone, ForeignFilesError."""
         body = write_native(replace(prefix, base_model=self._shape.model_name, fingerprint=self._shape.fingerprint))
         new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
+        is_accepted = accept_base and base in BASES_TO_ACCEPT
+        new = replace(new, claimed_base=prefix.base_model, is_base_accepted=is_accepted)
         check_owner(self._registry, self._blobs)
         upload = Upload(self._blobs, tenant, body)
         try:
@@ -122,16 +127,20 @@ class PrefixStore:
         task: str,
         ensemble: Ensemble,
         *,
+        accept_base: bool = False,
         note: str = "",
         activate: bool | None = None,
         precondition: Precondition = ANY,
         within_limits: bool = False,
         by: Author = SERVER,
     ) -> Published:
-        """As `publish`; matched with the model as the worst of its members. Raises NotFoundError if a member was
-        deleted meanwhile."""
-        matched = {self.get_version(tenant, m.task, str(m.version)).base for m in ensemble.members}
-        new = self._new_version(task, ensemble.digest, ensemble, 0, max(matched, key=BASES.index), note)
+        """As `publish`; matched with the model as the worst of its members, and accepted where they are. Raises
+        NotFoundError if a member was deleted meanwhile."""
+        members = [self.get_version(tenant, m.task, str(m.version)) for m in ensemble.members]
+        base = max((member.base for member in members), key=BASES.index)
+        new = self._new_version(task, ensemble.digest, ensemble, 0, base, note)
+        is_accepted = accept_base or all(member.may_go_live for member in members)
+        new = replace(new, is_base_accepted=is_accepted and base in BASES_TO_ACCEPT)
         return self._add_version(tenant, task, new, activate, precondition, within_limits, None, by)
 
     def _add_version(
@@ -231,17 +240,31 @@ class PrefixStore:
         """Other tenants' tasks that this one may use, by `owner/T`, from the first after `after`."""
         return self._registry.list_shared(tenant, limit, after)
 
+    def count_tasks(self, tenant: str | None = None) -> TaskCounts:
+        """Of one tenant or all: the tasks, and those that this model cannot serve."""
+        return self._registry.count_tasks(self._shape.fingerprint, tenant)
+
     def stored(self, tenant: str) -> Stored:
         """What counts towards the tenant's limits."""
         return self._registry.stored(tenant)
 
     def activate(
-        self, tenant: str, task: str, version: str, precondition: Precondition = ANY, *, by: Author = SERVER
+        self,
+        tenant: str,
+        task: str,
+        version: str,
+        precondition: Precondition = ANY,
+        *,
+        accept_base: bool = False,
+        base_fingerprint: str | None = None,
+        by: Author = SERVER,
     ) -> Task:
-        """Point the task to a version, and clear its weights; `previous` rolls back. Raises NotFoundError,
-        PreconditionFailedError."""
+        """Point the task to a version, and clear its weights; `previous` rolls back. A version whose base model is
+        unverified goes live if accepted, or with the fingerprint of the model that it was trained for. Raises
+        NotFoundError, PreconditionFailedError, UnverifiedBaseError, BaseMismatchError."""
+        given = {"precondition": precondition, "accept_base": accept_base, "base_fingerprint": base_fingerprint}
         number = known_version(task, version)
-        return self._change(tenant, task, by, task_changes.activate, version=number, precondition=precondition)
+        return self._change(tenant, task, by, task_changes.activate, version=number, **given)
 
     def set_weights(
         self,
@@ -250,12 +273,15 @@ class PrefixStore:
         weights: Mapping[str, int],
         precondition: Precondition = ANY,
         *,
+        accept_base: bool = False,
+        base_fingerprint: str | None = None,
         by: Author = SERVER,
     ) -> Task:
-        """Divide the task's traffic between versions. Raises InvalidChangeError, NotFoundError,
-        PreconditionFailedError."""
+        """Divide the task's traffic between versions, each as in `activate`. Raises InvalidChangeError, NotFoundError,
+        PreconditionFailedError, UnverifiedBaseError, BaseMismatchError."""
+        given = {"precondition": precondition, "accept_base": accept_base, "base_fingerprint": base_fingerprint}
         wanted = {known_version(task, version): weight for version, weight in weights.items()}
-        return self._change(tenant, task, by, task_changes.set_weights, weights=wanted, precondition=precondition)
+        return self._change(tenant, task, by, task_changes.set_weights, weights=wanted, **given)
 
     def check_pinnable(self, tenant: str, task: str, device_bytes: DeviceBytes) -> None:
         """Raises NotFoundError, QuotaError as `set_pinned` would."""

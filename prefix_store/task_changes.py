@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from prefix_store.admission import BASES, BASES_TO_ACCEPT, next_step, other_fingerprint
 from prefix_store.draft import Draft
 from prefix_store.ensemble import Ensemble
 from prefix_store.errors import (
     ArtefactTooLargeError,
+    BaseMismatchError,
     ConflictError,
     InvalidChangeError,
     MemberError,
     NotFoundError,
     QuotaError,
+    UnverifiedBaseError,
 )
-from prefix_store.task import EVERYONE, NewVersion, Precondition, Task, Version
+from prefix_store.task import EVERYONE, UNVERIFIED, NewVersion, Precondition, Task, Version
 from prefix_store.tenants import Limits, check_tenant_name
 
 MAX_WEIGHTS = 4
@@ -50,11 +53,13 @@ def add_version(
     now_s: float,
     is_repair: Callable[[], bool] = lambda: False,
 ) -> Published:
-    """`activate` None: it goes live unless weights are set. `within_limits`: the tenant is there and its limits hold.
-    `is_repair`: whether the content's file was missing or damaged; then no version with this content stays
-    quarantined. Raises PreconditionFailedError, NotFoundError for an ensemble whose members are not all there and for
-    a tenant that is gone, QuotaError and ArtefactTooLargeError beyond the limits."""
-    limits = draft.account.limits if within_limits else Limits()
+    """`activate` None: it goes live unless weights are set or its base model is unverified. Content that the task has
+    already is no new version, but may bring a note, or what verifies its base model: with that it goes live as a new
+    version does. `within_limits`: the tenant is there and its limits hold. `is_repair`: whether the content's file was
+    missing or damaged; then no version with this content stays quarantined. Raises UnverifiedBaseError for one that is
+    to go live and may not, PreconditionFailedError, NotFoundError for an ensemble whose members are not all there and
+    for a tenant that is gone, QuotaError and ArtefactTooLargeError beyond the limits."""
+    limits = draft.account.limits if within_limits else None
     task = draft.get(name)
     precondition.check(None if task is None else str(task.revision))
     if task is None:
@@ -63,33 +68,60 @@ def add_version(
     if is_repair():
         _end_quarantine(draft, new.digest)
         task = draft.get(name) or task
-    if known is not None:
-        draft.record("publish-known", f"{name}@{known.version}")
+    if known is None:
+        _check_limits(draft, task, new, limits)
+        for member in new.content.members if isinstance(new.content, Ensemble) else ():
+            if draft.present(member.task).find(str(member.version)).digest != member.digest:
+                raise NotFoundError(f"no version {member} any more: it was deleted and made anew")
+        number = task.last_version + 1
+        version = Version(**vars(new), tenant=draft.tenant, task=name, version=number, created_at_s=now_s)
+        task = replace(task, versions=(*task.versions, version), last_version=number)
+        draft.record("publish", f"{name}@{number}")
+    else:
+        version = _renewed(known, new)
+        task = task.with_version(version)
+        draft.record("publish-known", f"{name}@{version.version}")
         task = draft.put(task) if is_repair() else task  # replicas follow the revision
-        return Published(_point(draft, task, known.version) if activate else task, known, False, is_repair())
-    _check_limits(draft, new, limits)
-    for member in new.content.members if isinstance(new.content, Ensemble) else ():
-        if draft.present(member.task).find(str(member.version)).digest != member.digest:
-            raise NotFoundError(f"no version {member} any more: it was deleted and made anew")
-    version = Version(**vars(new), tenant=draft.tenant, task=name, version=task.last_version + 1, created_at_s=now_s)
-    task = replace(task, versions=(*task.versions, version), last_version=version.version)
-    draft.record("publish", f"{name}@{version.version}")
-    is_live = activate or (activate is None and not task.weights)
-    return Published(_point(draft, task, version.version) if is_live else draft.put(task), version, True)
+    _record_base(draft, known, version)
+    if activate:
+        _check_base(draft, task, version)
+    elif activate is None and (known is None or not known.may_go_live) and not task.weights:
+        activate = _may_go_live(draft, version)
+    changed = _point(draft, task, version.version) if activate else _put(draft, draft.get(name), task)
+    return Published(changed, version, known is None, known is not None and is_repair())
 
 
-def activate(draft: Draft, name: str, version: str, precondition: Precondition) -> Task:
-    """All traffic goes to this version, were it weighted or quarantined before. Raises NotFoundError,
-    PreconditionFailedError."""
+def activate(
+    draft: Draft,
+    name: str,
+    version: str,
+    precondition: Precondition,
+    *,
+    accept_base: bool = False,
+    base_fingerprint: str | None = None,
+) -> Task:
+    """All traffic goes to this version, were it weighted or quarantined before. `accept_base` and `base_fingerprint` as
+    at an upload. Raises NotFoundError, PreconditionFailedError, UnverifiedBaseError, BaseMismatchError."""
     task = _checked(draft, name, precondition)
     number = task.find(version).version
+    task = _with_base(draft, task, number, accept_base, base_fingerprint)
     draft.record("activate", f"{name}@{number}")
     return _point(draft, task, number)
 
 
-def set_weights(draft: Draft, name: str, weights: Mapping[str, int], precondition: Precondition) -> Task:
-    """Traffic by weights. An active version without one gives its place to the heaviest. Raises InvalidChangeError,
-    NotFoundError, PreconditionFailedError."""
+def set_weights(
+    draft: Draft,
+    name: str,
+    weights: Mapping[str, int],
+    precondition: Precondition,
+    *,
+    accept_base: bool = False,
+    base_fingerprint: str | None = None,
+) -> Task:
+    """Traffic by weights. An active version without one gives its place to the heaviest; weights that follow weights
+    keep what a rollback goes back to, unless a single version had all the traffic. `accept_base` and
+    `base_fingerprint` as at an upload, for each of the versions. Raises InvalidChangeError, NotFoundError,
+    PreconditionFailedError, UnverifiedBaseError, BaseMismatchError."""
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise InvalidChangeError(f"weights must name 1 to {MAX_WEIGHTS} versions, got {len(weights)}")
     for version, weight in weights.items():
@@ -99,13 +131,17 @@ def set_weights(draft: Draft, name: str, weights: Mapping[str, int], preconditio
     found = {task.find(version).version: weight for version, weight in weights.items()}
     if len(found) < len(weights):
         raise InvalidChangeError(f"weights must name each version once, got {', '.join(sorted(weights))[:200]}")
+    before = task
+    for number in found:
+        task = _with_base(draft, task, number, accept_base, base_fingerprint)
     draft.record("activate", f"{name}@{','.join(f'{number}:{weight}' for number, weight in sorted(found.items()))}")
+    settled = _settled(task, set(found))
     changed = replace(
-        task,
+        settled,
         weights=tuple(sorted(found.items())),
         quarantined=tuple(number for number in task.quarantined if number not in found),
     )
-    return _put(draft, task, _with_weighted_active(changed))
+    return _put(draft, before, _with_weighted_active(changed, settled.live))
 
 
 def check_pinnable(draft: Draft, name: str, device_bytes: DeviceBytes) -> None:
@@ -167,9 +203,12 @@ def quarantine(draft: Draft, name: str, version: int) -> Task | None:
     changed = replace(task, quarantined=(*task.quarantined, version))
     weights = tuple((number, weight) for number, weight in task.weights if number != version)
     if weights:
-        changed = _with_weighted_active(replace(changed, weights=weights))
-    elif version == task.active and _can_replace(task, failed, task.previous):
-        changed = replace(changed, active=task.previous, previous=version, weights=())
+        changed = _with_weighted_active(replace(changed, weights=weights), task.live)
+    elif version == task.active:
+        before = (number for number in (task.live, task.previous) if number != version)
+        found = next((number for number in before if _can_replace(task, failed, number)), None)
+        if found is not None:
+            changed = replace(changed, active=found, previous=version, weights=(), live_before=None)
     return draft.put(changed)
 
 
@@ -197,6 +236,8 @@ def delete_version(draft: Draft, name: str, version: str, precondition: Precondi
         raise ConflictError(f"version {number} of task {name!r} is active; activate another or delete the task")
     if number in dict(task.weights):
         raise ConflictError(f"version {number} of task {name!r} has a weight; take it from the weights first")
+    if number == task.live:
+        raise ConflictError(f"version {number} of task {name!r} is what a rollback goes back to; end the weights first")
     _refuse_member(draft, name, number)
     draft.record("delete", f"{name}@{number}")
     draft.put(
@@ -247,22 +288,85 @@ def _checked(draft: Draft, name: str, precondition: Precondition) -> Task:
     return task
 
 
-def _put(draft: Draft, before: Task, after: Task) -> Task:
+def _put(draft: Draft, before: Task | None, after: Task) -> Task:
     return before if after == before else draft.put(after)
 
 
 def _point(draft: Draft, task: Task, version: int) -> Task:
-    changed = replace(task, weights=(), quarantined=tuple(each for each in task.quarantined if each != version))
-    if version != task.active:
-        changed = replace(changed, active=version, previous=task.active)
+    quarantined = tuple(each for each in task.quarantined if each != version)
+    changed = replace(task.pointed_to(version), quarantined=quarantined)
     return _put(draft, draft.get(task.name) or task, changed)
 
 
-def _with_weighted_active(task: Task) -> Task:
-    if task.active in dict(task.weights):
-        return task
-    heaviest = max(task.weights, key=lambda pair: (pair[1], -pair[0]))[0]
-    return replace(task, active=heaviest, previous=task.active)
+def _renewed(known: Version, new: NewVersion) -> Version:
+    """A version as an upload of the same content leaves it: with what either says of its base model, and the last
+    note."""
+    renewed = replace(known, note=new.note or known.note)
+    if known.base == UNVERIFIED or BASES.index(new.base) < BASES.index(known.base):
+        renewed = replace(renewed, base=new.base, claimed_base=new.claimed_base)
+    is_accepted = known.is_base_accepted or (new.is_base_accepted and renewed.base in BASES_TO_ACCEPT)
+    return replace(renewed, is_base_accepted=is_accepted)
+
+
+def _record_base(draft: Draft, before: Version | None, after: Version) -> None:
+    """Tell the audit what an upload or an activation said of a version's base model, and that its note changed."""
+    subject = f"{after.task}@{after.version}"
+    if after.is_base_accepted and not (before is not None and before.is_base_accepted):
+        draft.record("accept-base", subject)
+    if before is not None and after.base != before.base:
+        draft.record("match-base", subject)
+    if before is not None and after.note != before.note:
+        draft.record("note", subject)
+
+
+def _with_base(draft: Draft, task: Task, number: int, accept_base: bool, base_fingerprint: str | None) -> Task:
+    """The task with a version that may go live. Raises BaseMismatchError, UnverifiedBaseError."""
+    before = after = task.find(str(number))
+    if base_fingerprint == after.fingerprint:
+        after = replace(after, base="verified")
+    elif accept_base and not after.may_go_live:
+        base = UNVERIFIED if base_fingerprint is None else "mismatch"
+        after = replace(after, base=base, is_base_accepted=True)
+    elif base_fingerprint is not None and not accept_base:
+        reason = other_fingerprint(base_fingerprint, after.fingerprint)
+        raise BaseMismatchError(f"base model: {reason}; accept_base=1 (--accept-base) takes it all the same")
+    _record_base(draft, before, after)
+    task = task.with_version(after)
+    _check_base(draft, task, after)
+    return task
+
+
+def _check_base(draft: Draft, task: Task, version: Version) -> None:
+    """Raises UnverifiedBaseError for a version that may not go live. One that was live stays so: a release before did
+    not ask."""
+    was_live = {task.active, task.previous, task.live, *dict(task.weights)}
+    if version.version not in was_live and not _may_go_live(draft, version):
+        raise UnverifiedBaseError(next_step(version) or "")
+
+
+def _may_go_live(draft: Draft, version: Version) -> bool:
+    """An ensemble may also where all its members may by now."""
+    members = version.content.members if isinstance(version.content, Ensemble) else ()
+    found = (draft.present(member.task).find(str(member.version)) for member in members)
+    return version.may_go_live or (bool(members) and all(member.may_go_live for member in found))
+
+
+def _settled(task: Task, wanted: set[int]) -> Task:
+    """The task as new weights for the `wanted` versions find it. A single weight was all the traffic, so that its
+    version is live, unless it is only weighed again."""
+    weighted = {version for version, _ in task.weights}
+    if len(weighted) == 1 and weighted != wanted:
+        return task.pointed_to(*weighted)
+    return task
+
+
+def _with_weighted_active(task: Task, live: int | None) -> Task:
+    """The task with a weighted version as the active one, and with `live` as the version that a rollback goes back to
+    (None: no version was live before the weights, so the heaviest counts as that)."""
+    active = task.active
+    if active not in dict(task.weights):
+        active = max(task.weights, key=lambda pair: (pair[1], -pair[0]))[0]
+    return replace(task, active=active, live_before=live or active)
 
 
 def _can_replace(task: Task, failed: Version, number: int | None) -> bool:
@@ -277,7 +381,9 @@ def _refuse_member(draft: Draft, name: str, version: int, but_of: str = "") -> N
         raise MemberError(f"version {version} of task {name!r}", draft.tenant, users)
 
 
-def _check_limits(draft: Draft, new: NewVersion, limits: Limits) -> None:
+def _check_limits(draft: Draft, task: Task, new: NewVersion, limits: Limits | None) -> None:
+    if limits is None:
+        return
     most = limits.max_virtual_tokens
     if most is not None and not isinstance(new.content, Ensemble) and new.num_virtual_tokens > most:
         raise ArtefactTooLargeError(f"max_virtual_tokens of this tenant is {most}, got {new.num_virtual_tokens}")
@@ -285,6 +391,11 @@ def _check_limits(draft: Draft, new: NewVersion, limits: Limits) -> None:
         raise QuotaError(
             f"max_prefixes of this tenant is {limits.max_prefixes}, it stores {draft.stored.num_versions}; "
             "delete a version first"
+        )
+    if limits.max_versions is not None and len(task.versions) >= limits.max_versions:
+        raise QuotaError(
+            f"max_versions of this tenant is {limits.max_versions} for a task, {task.name!r} has {len(task.versions)}; "
+            f"delete old ones first (`prefixserve rm {task.name}@V`, DELETE /v1/prefixes/{task.name}/versions/V)"
         )
     room = limits.max_stored_bytes
     if room is not None and draft.stored.num_bytes + new.num_bytes > room:

@@ -26,7 +26,8 @@ MAX_PATTERN = 64
 @dataclass(frozen=True)
 class Limits:
     """None: without one. A minute's are refilled steadily; sizes are bytes. `max_queued` counts requests that have no
-    token yet, `max_rows` rows that run at once, `max_prefixes` stored versions."""
+    token yet, `max_rows` rows that run at once, `max_prefixes` stored versions, `max_versions` those of one task: each
+    change and look-up of a task reads all of them."""
 
     weight: float = 1.0
     requests_per_minute: int | None = None
@@ -35,6 +36,7 @@ class Limits:
     max_rows: int | None = None
     max_queued: int | None = None
     max_prefixes: int | None = None
+    max_versions: int | None = 256
     max_stored_bytes: int | None = None
     max_resident_bytes: int | None = None
     max_pinned_bytes: int | None = 0

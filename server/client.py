@@ -52,6 +52,7 @@ class Client:
         note: str = "",
         activate: str = "auto",
         accept_base: bool = False,
+        base_fingerprint: str | None = None,
         open_file: OpenFile = lambda path: path.open("rb"),
     ) -> dict[str, Any]:
         """Send a PEFT folder or a native file as it is read through `open_file`. Raises InvalidArtefactError."""
@@ -64,6 +65,8 @@ class Client:
             params["note"] = note
         if accept_base:
             params["accept_base"] = 1
+        if base_fingerprint is not None:
+            params["base_fingerprint"] = base_fingerprint
         with ExitStack() as stack:
             if not path.is_dir():
                 file = stack.enter_context(open_file(path))
@@ -73,12 +76,16 @@ class Client:
             parts = {name: (name, stack.enter_context(open_file(path / name))) for name in (CONFIG, WEIGHTS)}
             return self._json("PUT", f"/v1/prefixes/{_quoted(task)}", params=params, files=parts)
 
-    def push_ensemble(self, task: str, path: Path, *, note: str = "", activate: str = "auto") -> dict[str, Any]:
+    def push_ensemble(
+        self, task: str, path: Path, *, note: str = "", activate: str = "auto", accept_base: bool = False
+    ) -> dict[str, Any]:
         """Send the ensemble that the JSON file names. Raises InvalidArtefactError."""
         content = read_json_object(path.read_bytes(), path.name, MAX_ENSEMBLE_BYTES)
         if content.get("kind") != ENSEMBLE:
             raise InvalidArtefactError(f"{path.name}: kind must be {ENSEMBLE!r}, got {str(content.get('kind'))[:40]!r}")
         params = {"activate": activate} | ({"note": note} if note else {})
+        if accept_base:
+            params["accept_base"] = "1"
         return self._json("PUT", f"/v1/prefixes/{_quoted(task)}", params=params, json=content)
 
     def list_tasks(self, tenant: str | None = None) -> list[dict[str, Any]]:
@@ -97,8 +104,9 @@ class Client:
         """`T` or the version `T@V`; of another tenant `OWNER/T`."""
         return self._json("GET", f"/v1/prefixes/{_quoted(task)}")
 
-    def activate(self, task: str, version: str) -> dict[str, Any]:
-        return self._json("POST", f"/v1/prefixes/{_quoted(task)}/activate", json={"version": version})
+    def activate(self, task: str, version: str, *, accept_base: bool = False) -> dict[str, Any]:
+        params = {"accept_base": 1} if accept_base else {}
+        return self._json("POST", f"/v1/prefixes/{_quoted(task)}/activate", params=params, json={"version": version})
 
     def delete(self, target: str) -> None:
         """`T`, or the version `T@V`."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from server.options import AcceptBase, AsJson, Index, ModelOption, option, settings_of
+from server.base_folders import base_fingerprint
+from server.options import AcceptBase, AsJson, BaseFolder, Index, ModelOption, option, settings_of
 from server.terminal import console, fail, plain_errors, show
 
 app = typer.Typer()
@@ -23,6 +24,7 @@ def inspect(
     index: Index = None,
     max_virtual_tokens: Annotated[int | None, option("max-virtual-tokens")] = None,
     accept_base: AcceptBase = False,
+    base_folder: BaseFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """What PATH is and whether it fits the model, without a server. Exit code 1 if it does not."""
@@ -31,7 +33,8 @@ def inspect(
 
         if not path.exists():
             fail(f"expected a PEFT folder or a .safetensors file, found nothing at {path}")
-        found = inspect(path, settings_of(model, max_virtual_tokens), index, accept_base=accept_base)
+        options: dict[str, Any] = {"accept_base": accept_base, "base_fingerprint": base_fingerprint(path, base_folder)}
+        found = inspect(path, settings_of(model, max_virtual_tokens), index, **options)
         show(asdict(found), as_json)
         raise typer.Exit(0 if found.fits else 1)
 

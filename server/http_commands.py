@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from server.base_folders import base_fingerprint
 from server.client import Client
-from server.options import LOCAL, AcceptBase, ApiKey, AsJson, Index, ModelOption, Url, option, settings_of
+from server.options import LOCAL, AcceptBase, ApiKey, AsJson, BaseFolder, Index, ModelOption, Url, option, settings_of
 from server.terminal import fail, plain_errors, print_json, print_table, print_text, say, show, upload_bar
 
 app = typer.Typer()
@@ -26,38 +27,44 @@ def push(
     note: Annotated[str, option("note", "Up to 200 characters.")] = "",
     activate: Annotated[Literal["auto", "true", "false"], option("activate", "Goes live.")] = "auto",
     accept_base: AcceptBase = False,
+    base_folder: BaseFolder = None,
     dry_run: Annotated[bool, option("dry-run", "Check the files against the model here; send nothing.")] = False,
     model: ModelOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a PEFT folder, a native file or an ensemble (.json) as a new version of TASK; an operator's OWNER/TASK."""
+    """Upload a PEFT folder, a native file or an ensemble (.json) as a new version of TASK; an operator's OWNER/TASK.
+
+    Where the folder of the model that it was trained for is on this disk, its fingerprint is sent along and verifies
+    the base model. A version whose base model is unverified is stored and does not go live."""
     with plain_errors():
         if every and index is not None:
             fail("expected --index or --all, got both")
         if path.suffix == ".json" and path.is_file():
-            if every or index is not None or dry_run:
-                fail("expected no --all, --index or --dry-run with an ensemble: its members are on the server")
+            if every or index is not None or dry_run or base_folder is not None:
+                one_file = "--all, --index, --dry-run or --base-folder"
+                fail(f"expected no {one_file} with an ensemble: its members are on the server")
             with Client(url, api_key) as client:
-                manifest = client.push_ensemble(task, path, note=note, activate=activate)
+                manifest = client.push_ensemble(task, path, note=note, activate=activate, accept_base=accept_base)
             if as_json:
                 print_json(manifest)
             else:
                 _show_pushed(manifest)
             return
         uploads = _uploads(task, path, index, every)
+        options: dict[str, Any] = {"accept_base": accept_base, "base_fingerprint": base_fingerprint(path, base_folder)}
         if dry_run:
             from server.inspection import inspect
 
             settings = settings_of(model)
             found = [
-                {"task": name, "dry_run": True} | asdict(inspect(path, settings, i, accept_base=accept_base, task=name))
+                {"task": name, "dry_run": True} | asdict(inspect(path, settings, i, task=name, **options))
                 for name, i in uploads
             ]
             _show_all(found, every, as_json)
             raise typer.Exit(0 if all(one["fits"] for one in found) else 1)
         with Client(url, api_key) as client:
             found = [
-                _push(client, name, path, as_json, index=one, note=note, activate=activate, accept_base=accept_base)
+                _push(client, name, path, as_json, index=one, note=note, activate=activate, **options)
                 for name, one in uploads
             ]
         if as_json:
@@ -76,7 +83,13 @@ def _show_pushed(manifest: dict[str, Any]) -> None:
     say(
         f"{manifest['task']}@{manifest['version']} {manifest['digest'][:12]} {manifest['kind']}, "
         f"{manifest['num_virtual_tokens']} virtual tokens, base {manifest['base']}, active {manifest['active']}"
+        + (", unchanged" if manifest["unchanged"] else "")
     )
+    task, version = manifest["task"], manifest["version"]
+    if manifest["next_step"] is not None:
+        say(f"not live: {manifest['next_step']}")
+    elif manifest["active"] != version and str(version) not in (manifest["weights"] or {}):
+        say(f"not live: `prefixserve activate {task} {version}` makes it live")
 
 
 def _uploads(task: str, path: Path, index: int | None, every: bool) -> list[tuple[str, int | None]]:
@@ -117,8 +130,13 @@ def list_(
         active: dict[str, Any] = next((v for v in task["versions"] if v["version"] == task["active"]), {})
         described = [active.get(name, "") for name in names]
         marks = ("yes" if task.get("pinned") else "", task["owner"] if task["shared"] else "")
-        rows.append((task["task"], task["active"], len(task["versions"]), *described, task["residency"], *marks))
-    print_table(("task", "active", "versions", *names, "residency", "pinned", "shared by"), rows)
+        about = (task["task"], task["active"], len(task["versions"]), *described, task["status"])
+        rows.append((*about, task["residency"], *marks))
+    print_table(("task", "active", "versions", *names, "status", "residency", "pinned", "shared by"), rows)
+    num_incompatible = sum(task["status"] == "incompatible" for task in tasks)
+    if num_incompatible:
+        text = "tasks were stored for another model than the served one: they answer 409"
+        say(f"{num_incompatible} of {len(tasks)} {text}")
 
 
 @app.command("show")
@@ -135,13 +153,23 @@ def show_(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson =
     for version in versions:
         version["digest"] = version["digest"][:12]
     print_table(names, [tuple(version.get(name, "") for name in names) for version in versions])
+    for version in versions:
+        if version.get("next_step") is not None:
+            say(f"version {version['version']}: {version['next_step']}")
 
 
 @app.command()
-def activate(task: str, version: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+def activate(
+    task: str,
+    version: str,
+    accept_base: AcceptBase = False,
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
     """Make VERSION of TASK live."""
     with plain_errors(), Client(url, api_key) as client:
-        show(client.activate(task, version), as_json)
+        show(client.activate(task, version, accept_base=accept_base), as_json)
 
 
 @app.command()

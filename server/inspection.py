@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from prefix_store.admission import check_name, match_base
+from prefix_store.admission import check_name, match_base, unverified_reason
 from prefix_store.errors import BaseMismatchError, InvalidArtefactError
 from prefix_store.local_files import read_path
 from prefix_store.prefix import PARTS, Layout, ModelShape, Prefix
+from prefix_store.task import UNVERIFIED
 from server.config import Settings
 from server.engine.errors import ModelRefusedError, one_line
 from server.engine.kv_blocks import block_bytes, prefix_blocks
@@ -27,12 +28,14 @@ SMALL_BYTES = 2**25  # below which an allocator gives memory that was used befor
 @dataclass(frozen=True)
 class Inspection:
     """`reason` says why it does not fit; what could not be read is None. `base` is as in an upload's manifest; so are
-    `parts`, the virtual tokens of each part of an encoder-decoder's prefix."""
+    `parts`, the virtual tokens of each part of an encoder-decoder's prefix, and `next_step`, what keeps it from going
+    live."""
 
     path: str
     model: str
     fits: bool
     reason: str | None = None
+    next_step: str | None = None
     base: str | None = None
     base_model: str | None = None
     kind: str | None = None
@@ -83,6 +86,7 @@ def inspect(
     index: int | None = None,
     *,
     accept_base: bool = False,
+    base_fingerprint: str | None = None,
     task: str | None = None,
 ) -> Inspection:
     """What the server of `settings` would say to the upload of `path` (as `task`), its trial forward apart."""
@@ -93,7 +97,7 @@ def inspect(
         prefix = read_path(path, shape, index)
         if task is not None:
             check_name(task, shape)
-        base = match_base(prefix, shape, accept_base)
+        base = match_base(prefix, shape, accept_base, base_fingerprint)
     except BaseMismatchError as error:
         base, reason = "mismatch", str(error)
     except InvalidArtefactError as error:
@@ -109,6 +113,7 @@ def inspect(
         model=shape.model_name,
         fits=reason is None,
         reason=reason,
+        next_step=unverified_reason(prefix.base_model) if base == UNVERIFIED and not accept_base else None,
         base=base,
         base_model=prefix.base_model,
         kind=prefix.kind,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from prefix_store.registry import TaskCounts
     from server.engine.engine_stats import EngineStats
 
 MAX_TASK_LABELS = 50
@@ -56,6 +57,11 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"prefixserve_{name}", text, buckets=buckets, registry=self.registry)
 
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"prefixserve_{name}", text, registry=self.registry)
+
+        self._tasks = gauge("tasks", "Tasks of all tenants.")
+        self._tasks_incompatible = gauge("tasks_incompatible", "Of these, stored for another model: they answer 409.")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests.")
         self._prompt_tokens_cached = counter("prompt_tokens_cached", "Of these, reused from earlier text.")
         self._generation_tokens = counter("generation_tokens", "Generated tokens of finished requests.")
@@ -72,6 +78,10 @@ class Metrics:
             "request_generation_tokens", "Generated tokens of a request.", TOKEN_BUCKETS
         )
         self._queue_time = histogram("request_queue_time_seconds", "Arrival to admission.", REQUEST_BUCKETS)
+
+    def tasks(self, counts: TaskCounts) -> None:
+        self._tasks.set(counts.num_tasks)
+        self._tasks_incompatible.set(counts.num_incompatible)
 
     def request_started(self) -> None:
         self._started.inc()

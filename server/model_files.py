@@ -135,6 +135,16 @@ def _kept_fingerprint(place: Path, key: str) -> str | None:
     return value if known.get("key") == key and isinstance(value, str) and SHA256.fullmatch(value) else None
 
 
+def folder_fingerprint(name: str) -> str | None:
+    """The fingerprint of the model in the local folder `name`; None where that is no folder of a model."""
+    path = Path(name).expanduser()
+    try:
+        has_model = (path / "config.json").is_file() and any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir())
+    except (OSError, ValueError):  # a name that no file has, or a folder of others
+        return None
+    return fingerprint(path.resolve()) if has_model else None
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,11 @@ ApiKey = Annotated[str | None, option("api-key")]
 AsJson = Annotated[bool, option("json", "Machine-readable output.")]
 ModelOption = Annotated[str | None, option("model", "Folder or hub name; none: the default.")]
 Index = Annotated[int | None, option("index", "One task of a multitask file.")]
-AcceptBase = Annotated[bool, option("accept-base", "Although it names another base model.")]
+AcceptBase = Annotated[bool, option("accept-base", "Although it names another base model, a path or none.")]
+BaseFolder = Annotated[
+    str | None,
+    option("base-folder", "The model that it was trained for, in a folder; none: the folder that the file names."),
+]
 DataDir = Annotated[Path | None, option("data-dir", "The server's.")]
 RedisUrl = Annotated[str | None, option("redis-url", "The registry that replicas share; none: in --data-dir.")]
 BlobUrl = Annotated[str | None, option("blob-url", "Where files are, for fsspec; none: in --data-dir.")]

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from prefix_store.admission import next_step
 from prefix_store.blobs import Blobs
 from prefix_store.errors import (
     DamagedRegistryError,
@@ -52,7 +53,7 @@ from server.engine.token_texts import TokenTexts, special_token_ids
 from server.errors import StartError
 from server.generation_config import defaults_of, read_generation_config
 from server.metrics import Metrics
-from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint
+from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint, folder_fingerprint
 from server.progress import progress_bar
 
 log = structlog.get_logger()
@@ -202,13 +203,18 @@ def run(settings: Settings, console: Console, examples: Path | None = None) -> N
 
 
 def publish_examples(store: PrefixStore, folder: Path) -> None:
-    """Every PEFT folder in `folder` as a task of its name, unless there is a task of that name already. The server
-    starts without those that are damaged or cannot be stored now."""
+    """Every PEFT folder in `folder` as a task of its name, unless there is a task of that name already. A model's
+    folder that one names, if it is on this disk, verifies its base model. The server starts without those that are
+    damaged or cannot be stored now."""
     for path in sorted(folder.iterdir()):
         if (path / CONFIG).is_file() and not store.has_task(DEFAULT_TENANT, path.name):
             try:
                 prefix = store.parse_peft(*peft_files(path))
-                store.publish(DEFAULT_TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
+                found = None if prefix.base_model is None else folder_fingerprint(prefix.base_model)
+                base = store.match_base(prefix, base_fingerprint=found)
+                version = store.publish(DEFAULT_TENANT, path.name, prefix, base=base, note="example").version
+                if not version.may_go_live:
+                    log.warning("example_not_live", task=path.name, reason=next_step(version))
             except (OSError, InvalidArtefactError, UnavailableError, StorageFullError) as error:
                 log.warning("example_not_published", task=path.name, reason=in_full(error))
 

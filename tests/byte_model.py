@@ -47,6 +47,7 @@ def save_byte_model(path: Path) -> Path:
 def save_prompt(path: Path) -> None:
     """A soft prompt for it, saved as PEFT saves one."""
     path.mkdir(parents=True)
-    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    config: dict[str, object] = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    config["base_model_name_or_path"] = "tiny"
     (path / "adapter_config.json").write_text(json.dumps(config))
     (path / "adapter_model.safetensors").write_bytes(save({"prompt_embeddings": torch.randn(4, HIDDEN)}))

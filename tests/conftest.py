@@ -107,12 +107,12 @@ def served(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     yield from serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))
 
 
-def native(seed: int, num_virtual_tokens: int = 5, **fields: str) -> bytes:
-    """A native KV prefix for the tiny model."""
+def native(seed: int, num_virtual_tokens: int = 5, *, base_model: str | None = NAME, **fields: str) -> bytes:
+    """A native KV prefix for the tiny model, which its file names."""
     generator = torch.Generator().manual_seed(seed)
     kv = torch.randn(LAYERS, 2, KV_HEADS, num_virtual_tokens, HEAD_DIM, generator=generator)
     layers = {layer: (kv[layer, 0], kv[layer, 1]) for layer in range(LAYERS)}
-    return write_native(Prefix("kv", layers=layers, **fields))  # type: ignore[arg-type]
+    return write_native(Prefix("kv", layers=layers, base_model=base_model, **fields))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -143,6 +144,81 @@ def test_push_is_refused_with_the_servers_reason(cli: Cli, files: Path) -> None:
     assert accepted["base"] == "mismatch"
 
 
+@pytest.fixture
+def trained(model_path: Path, tmp_path: Path) -> Path:
+    """A PEFT folder that claims the served model's folder, and a folder of another model beside it."""
+    shutil.copytree(model_path, tmp_path / "another")
+    config = json.loads((model_path / "config.json").read_text())
+    (tmp_path / "another" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    tensors = {"prompt_embeddings": torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(9))}
+    write_peft(tmp_path / "trained", "PROMPT_TUNING", tensors)
+    claim(tmp_path / "trained", model_path)
+    return tmp_path / "trained"
+
+
+def claim(folder: Path, base: object) -> None:
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(fields | {"base_model_name_or_path": base and str(base)}))
+
+
+def test_push_verifies_the_folder_that_the_file_claims(cli: Cli, trained: Path, model_path: Path) -> None:
+    pushed = cli.json("push", "cli-verified", trained)
+    assert (pushed["base"], pushed["claimed_base"], pushed["active"]) == ("verified", str(model_path), 1)
+    assert cli.json("push", "cli-dry", trained, "--dry-run")["base"] == "verified"
+    assert cli.json("inspect", trained)["base"] == "verified"
+
+
+def test_push_of_a_native_file_verifies_the_folder_that_it_claims(cli: Cli, model_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "made.safetensors"
+    path.write_bytes(native(320, base_model=str(model_path)))
+    pushed = cli.json("push", "cli-native", path)
+    assert (pushed["base"], pushed["active"]) == ("verified", 1)
+
+
+def test_push_of_what_was_trained_on_another_folder_is_refused(cli: Cli, served: Served, trained: Path) -> None:
+    claim(trained, trained.parent / "another")
+    result = cli.run("push", "cli-mismatch", trained)
+    assert (result.exit_code, result.stdout) == (1, "")
+    first, last = result.stderr.splitlines()
+    assert first.startswith("base model: fingerprint ")
+    assert str(trained.parent / "another") in first
+    assert "error: 422: base model: trained for fingerprint " in last
+    assert served.http.get("/v1/prefixes/cli-mismatch").status_code == 404
+    assert cli.json("inspect", trained, exit_code=1)["base"] == "mismatch"
+    assert cli.json("push", "cli-mismatch", trained, "--accept-base")["base"] == "mismatch"
+
+
+@pytest.mark.parametrize("base", ["/models/that/are/elsewhere", "", None])
+def test_push_of_an_unverified_file_says_what_to_do_next(cli: Cli, served: Served, trained: Path, base: object) -> None:
+    served.http.delete("/v1/prefixes/cli-unverified")
+    claim(trained, base)
+    first, second = cli.run("push", "cli-unverified", trained).stdout.splitlines()
+    assert first.endswith("base unverified, active None")
+    assert second.startswith("not live: base model: the file names ")
+    assert "--accept-base" in second
+    assert second.removeprefix("not live: ") in cli.run("show", "cli-unverified").stdout
+    assert second.removeprefix("not live: ") == cli.json("inspect", trained)["next_step"]
+    assert "--accept-base" in cli.refused("activate", "cli-unverified", "1")
+    assert cli.json("activate", "cli-unverified", "1", "--accept-base")["active"] == 1
+
+
+def test_push_takes_the_folder_that_it_is_given(cli: Cli, trained: Path, model_path: Path) -> None:
+    claim(trained, "/models/that/are/elsewhere")
+    cli.json("push", "cli-folder", trained)
+    pushed = cli.json("push", "cli-folder", trained, "--base-folder", model_path)
+    assert (pushed["base"], pushed["unchanged"], pushed["active"]) == ("verified", True, 1)
+    assert "expected a model's folder" in cli.refused("push", "cli-folder", trained, "--base-folder", trained)
+
+
+def test_push_of_known_content_says_unchanged_and_whether_it_is_live(cli: Cli, task: str, files: Path) -> None:
+    first, second = cli.run("push", task, files / "one.safetensors", "--note", "again").stdout.splitlines()
+    assert first.endswith("base name-match, active 2, unchanged")
+    assert second == f"not live: `prefixserve activate {task} 1` makes it live"
+    assert cli.json("show", f"{task}@1")["note"] == "again"
+    assert cli.run("push", task, files / "two.safetensors").stdout.splitlines()[1:] == []
+    assert cli.json("push", task, files / "one.safetensors", "--activate", "true")["active"] == 1
+
+
 def test_dry_run_checks_the_files_and_sends_nothing(cli: Cli, served: Served, files: Path) -> None:
     def dry(name: str, *options: str, exit_code: int = 0) -> Any:
         return cli.json("push", "cli-dry", files / name, "--dry-run", *options, exit_code=exit_code)
@@ -247,7 +323,7 @@ def test_server_that_is_not_there_is_one_line(cli: Cli) -> None:
 
 def test_inspect_says_what_it_is(cli: Cli, served: Served, files: Path) -> None:
     for name, kind, num_virtual_tokens, base in (
-        ("one.safetensors", "kv", 20, "unverified"),
+        ("one.safetensors", "kv", 20, "name-match"),
         ("named.safetensors", "kv", 5, "name-match"),
         ("prompt", "soft", 4, "unverified"),
     ):
@@ -268,7 +344,7 @@ def test_inspect_of_an_infix(cli: Cli, files: Path) -> None:
 
 def test_inspect_needs_no_place_for_a_store(cli: Cli, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(files / "missing"))
-    assert cli.json("inspect", files / "one.safetensors")["base"] == "unverified"
+    assert cli.json("inspect", files / "one.safetensors")["base"] == "name-match"
     assert cli.json("push", "cli-dry", files / "one.safetensors", "--dry-run")["fits"] is True
 
 

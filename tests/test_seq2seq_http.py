@@ -88,7 +88,7 @@ def expected(i: int, folder: Path, served: Served) -> Expected:
     prompt = torch.randint(3, VOCAB, (2 + 5 * i % 29,)).tolist()
     if i % 2:
         prefix = three_parts(served.state.engine.shape, i // 2)
-        answer = served.http.put(f"/v1/prefixes/task-{i}", content=write_native(prefix), headers=NATIVE)
+        answer = served.http.put(f"/v1/prefixes/task-{i}?accept_base=1", content=write_native(prefix), headers=NATIVE)
         plain = AutoModelForSeq2SeqLM.from_pretrained(folder / "model", attn_implementation=naive.NAME).eval()
         tokens, logits = naive.generate(plain, prompt, [[prefix]], NEW_TOKENS)
     else:
@@ -98,7 +98,7 @@ def expected(i: int, folder: Path, served: Served) -> Expected:
             tokens, logits = ask_peft(i // 2, shape.num_kv_heads * shape.head_dim, prompt, folder)
         names = ("adapter_config.json", "adapter_model.safetensors")
         files = {name: (folder / f"peft-{i // 2}" / name).read_bytes() for name in names}
-        answer = served.http.put(f"/v1/prefixes/task-{i}", files=files)
+        answer = served.http.put(f"/v1/prefixes/task-{i}?accept_base=1", files=files)
     assert answer.status_code == 201, answer.text
     return Expected(f"task-{i}", letters(prompt), tokens, logits)
 

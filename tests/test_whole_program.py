@@ -37,7 +37,7 @@ def native(seed: int) -> bytes:
 
 def upload_tasks(program: Program) -> None:
     for i in range(NUM_TASKS):
-        answer = program.http.put(f"/v1/prefixes/t{i}", content=native(i), headers=NATIVE)
+        answer = program.http.put(f"/v1/prefixes/t{i}?accept_base=1", content=native(i), headers=NATIVE)
         assert answer.status_code == 201, answer.text
 
 
@@ -113,7 +113,9 @@ def test_acknowledged_uploads_survive_kill_of_the_server(tmp_path: Path) -> None
         with httpx.Client(base_url=url, timeout=60) as http:
             for seed in range(first, first + 100):
                 try:
-                    answer = http.put(f"/v1/prefixes/task-{seed % 5}", content=native(seed), headers=NATIVE)
+                    answer = http.put(
+                        f"/v1/prefixes/task-{seed % 5}?accept_base=1", content=native(seed), headers=NATIVE
+                    )
                 except httpx.TransportError:  # the server is gone
                     return
                 assert answer.status_code == 201, answer.text

@@ -33,7 +33,7 @@ class Keyed:
     def put(self, key: str, task: str, body: bytes) -> None:
         """A version of a tenant's task from a native file."""
         headers = {"Content-Type": "application/octet-stream", "Authorization": f"Bearer {key}"}
-        self.http.put(f"/v1/prefixes/{task}", content=body, headers=headers).raise_for_status()
+        self.http.put(f"/v1/prefixes/{task}?accept_base=1", content=body, headers=headers).raise_for_status()
 
     def metric(self, name: str) -> float:
         """One without labels."""

@@ -81,7 +81,7 @@ class Client:
         if draw < 0.5 or not state.versions:
             body = native(self._chance.randrange(1 << 40))
             after = State(state.versions | {0: NEW}, 0)
-            answer = await self._send(http, "PUT", task, "", after, content=body, headers=OCTETS)
+            answer = await self._send(http, "PUT", task, "?accept_base=1", after, content=body, headers=OCTETS)
             found = answer.json()
             after = State(state.versions | {found["version"]: found["digest"]}, found["active"])
             kind = "upload"

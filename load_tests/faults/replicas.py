@@ -206,8 +206,8 @@ class Run:
             self._seed += 1
             try:
                 if uploads:
-                    task, body = f"new{self._seed % 5}", native(self._seed)
-                    answer = await http.put(f"/v1/prefixes/{task}", content=body, headers=OCTETS)
+                    task, body = f"new{self._seed % 64}", native(self._seed)
+                    answer = await http.put(f"/v1/prefixes/{task}?accept_base=1", content=body, headers=OCTETS)
                 else:
                     body = {"version": self._version}
                     answer = await http.post(f"/v1/prefixes/{FLIPPED}/activate", json=body)
@@ -325,7 +325,8 @@ def set_up(replica: Replica) -> str:
 
         def put(task: str, seed: int, key: str = OPERATOR_KEY) -> None:
             headers = OCTETS | bearer(key)
-            http.put(f"/v1/prefixes/{task}", content=native(seed), headers=headers).raise_for_status()
+            path = f"/v1/prefixes/{task}?accept_base=1"
+            http.put(path, content=native(seed), headers=headers).raise_for_status()
 
         limits = dict.fromkeys(ALL, 100_000_000)
         key: str = http.put("/v1/tenants/limited", json={"limits": limits}).raise_for_status().json()["key"]

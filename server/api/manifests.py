@@ -6,13 +6,14 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from prefix_store.admission import next_step
 from prefix_store.ensemble import Ensemble, Member
 from prefix_store.prefix import PARTS
 from prefix_store.task import Task, Version
 from server.api.auth import Caller
 from server.api.state import AppState, name_for
 
-OWNERS_ONLY = ("note", "members")  # of a version
+OWNERS_ONLY = ("note", "members", "claimed_base", "next_step")  # of a version
 
 
 def task_response(state: AppState, caller: Caller, task: Task) -> JSONResponse:
@@ -31,8 +32,9 @@ def described(state: AppState, caller: Caller, task: Task, name: str | None = No
         "owner": task.tenant,
         "shared": not _may_change(caller, task),
         "active": task.active,
-        "previous": task.previous,
-        "weights": {str(version): weight for version, weight in task.weights} or None,
+        "previous": task.rollback_version,
+        "weights": _weights(task),
+        "status": _status(state, active),
         "enabled": not task.is_disabled,
         "residency": state.residency(active) if active else "cold",
     }
@@ -52,7 +54,8 @@ def manifest(state: AppState, caller: Caller, task: Task, version: Version) -> d
         "task": name_for(caller.tenant.name, task),
         **_version(state, caller, task, version),
         "active": task.active,
-        "previous": task.previous,
+        "previous": task.rollback_version,
+        "weights": _weights(task),
         **({"revision": task.revision} if _may_change(caller, task) else {}),
     }
 
@@ -64,6 +67,14 @@ def _may_change(caller: Caller, task: Task) -> bool:
 def _etag(caller: Caller, task: Task, text: str) -> dict[str, str]:
     """For those who may send it back: nobody else is told how often a task changes."""
     return {"ETag": f'"{text}"'} if _may_change(caller, task) else {}
+
+
+def _weights(task: Task) -> dict[str, int] | None:
+    return {str(version): weight for version, weight in task.weights} or None
+
+
+def _status(state: AppState, version: Version | None) -> str:
+    return "ok" if version is None or state.store.is_compatible(version) else "incompatible"
 
 
 def _version(state: AppState, caller: Caller, task: Task, version: Version) -> dict[str, Any]:
@@ -86,10 +97,13 @@ def _version(state: AppState, caller: Caller, task: Task, version: Version) -> d
         "num_bytes": version.num_bytes,
         "device_bytes": state.device_bytes([version], resident=False),
         "base": version.base,
+        "base_accepted": version.is_base_accepted or version.base == "mismatch",
+        "claimed_base": version.claimed_base,
         "base_model": version.base_model,
         "fingerprint": version.fingerprint,
-        "status": "ok" if state.store.is_compatible(version) else "incompatible",
+        "status": _status(state, version),
         "residency": state.residency(version),
+        "next_step": next_step(version),
         "note": version.note,
         "created_at_s": version.created_at_s,
     }

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from prefix_store.errors import NotFoundError
+from prefix_store.task import Task, Version
 from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
 from server.api.auth import Asking, Caller
 from server.api.bill import Bill, admit
@@ -93,12 +94,12 @@ async def models(state: State, caller: Asking) -> dict[str, Any]:
     listed = [_model(state, state.model_name, 0)] if caller.allows_task(None) else []
     tenant, after = caller.tenant.name, ""
     while tasks := await asyncio.to_thread(state.store.list_tasks, tenant, 1000, after):
-        live = [version for task in tasks for version in task.versions if version.version == task.active]
+        live = _live(state, tasks)
         listed += [_model(state, v.task, int(v.created_at_s)) for v in live if caller.allows_task(v.task)]
         after = tasks[-1].name
     after = ""
     while tasks := await asyncio.to_thread(state.store.list_shared, tenant, 1000, after):
-        live = [version for task in tasks for version in task.versions if version.version == task.active]
+        live = _live(state, tasks)
         named_live = ((version, named(version, tenant)) for version in live)
         listed += [_model(state, name, int(v.created_at_s)) for v, name in named_live if caller.allows_task(name)]
         after = f"{tasks[-1].tenant}/{tasks[-1].name}"
@@ -109,6 +110,12 @@ async def models(state: State, caller: Asking) -> dict[str, Any]:
 async def model(state: State, caller: Asking, model: str) -> dict[str, Any]:
     target = await _target(state, caller, model)
     return _model(state, model, int(max((version.created_at_s for version in target.versions), default=0)))
+
+
+def _live(state: AppState, tasks: list[Task]) -> list[Version]:
+    """The tasks' active versions, without those that were stored for another model."""
+    active = (version for task in tasks for version in task.versions if version.version == task.active)
+    return [version for version in active if state.store.is_compatible(version)]
 
 
 def _model(state: AppState, name: str, created_s: int) -> dict[str, Any]:

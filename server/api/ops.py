@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -9,6 +11,8 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from prefix_store.errors import UnavailableError
+from server.api.auth import Asking
 from server.api.errors import PROBLEMS, RequestError
 from server.api.schemas import MAX_STOPS
 from server.api.state import State
@@ -34,8 +38,10 @@ async def readyz(state: State) -> dict[str, str]:
 
 
 @router.get("/info", summary="What is served")
-async def info(state: State) -> dict[str, Any]:
-    """The model, its fingerprint, what its generation config gives requests, and the limits."""
+async def info(state: State, caller: Asking) -> dict[str, Any]:
+    """The model, its fingerprint, what its generation config gives requests, and the limits. `tasks` counts the
+    tenant's own tasks, an operator's key all; `tasks_incompatible` those of them that were stored for another model."""
+    counts = await asyncio.to_thread(state.store.count_tasks, None if caller.is_operator else caller.tenant.name)
     shape, settings, stats = state.engine.shape, state.settings, state.engine.stats()
     return {
         "model_id": shape.model_name,
@@ -45,6 +51,8 @@ async def info(state: State) -> dict[str, Any]:
         "generation_config": dict(state.defaults.in_force),
         "model_device_type": settings.device.partition(":")[0],
         "fingerprint": shape.fingerprint,
+        "tasks": counts.num_tasks,
+        "tasks_incompatible": counts.num_incompatible,
         "num_layers": shape.num_layers,
         "num_kv_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
@@ -66,6 +74,8 @@ async def info(state: State) -> dict[str, Any]:
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(state: State) -> Response:
+    with suppress(UnavailableError):  # the counts stay as they were last seen
+        state.metrics.tasks(await asyncio.to_thread(state.store.count_tasks))
     return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from prefix_store.names import TaskRef, known_version
 from prefix_store.task import Task
 from server.api.auth import Asking, Caller
+from server.api.bases import AcceptBase, BaseFingerprint
 from server.api.errors import PROBLEMS
 from server.api.listing import tasks_of
 from server.api.manifests import described, task_response, version_response
@@ -71,17 +72,23 @@ async def activate(
     caller: Asking,
     path: OwnTask,
     body: ActivateRequest,
+    accept_base: AcceptBase = False,
+    base_fingerprint: BaseFingerprint = None,
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
+    """A version whose `base` is `unverified` goes live with `accept_base` or `base_fingerprint`, and is 422 without.
+    While weights are set `previous` is the version that was live when they were set, and the weights end."""
     precondition = precondition_of(if_match, if_none_match)
-    tenant, name, by = path.tenant, path.task, caller.author(request)
+    tenant, name = path.tenant, path.task
+    given: dict[str, Any] = {"accept_base": accept_base, "base_fingerprint": base_fingerprint}
+    given["by"] = caller.author(request)
     if body.weights is not None:
         weights = {str(version): weight for version, weight in body.weights.items()}
-        found = await state.remotely(state.store.set_weights, tenant, name, weights, precondition, by=by)
+        found = await state.remotely(state.store.set_weights, tenant, name, weights, precondition, **given)
     else:
         version = str(body.version)
-        found = await state.remotely(state.store.activate, tenant, name, version, precondition, by=by)
+        found = await state.remotely(state.store.activate, tenant, name, version, precondition, **given)
     await state.sync_pins()
     return task_response(state, caller, found)
 

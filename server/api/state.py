@@ -179,6 +179,15 @@ class AppState:
         await self.sync_pins()
         self.metrics.watch(self.engine.stats, self.resident_bytes_by_task)
         self.is_registry_seen = True
+        counts = await asyncio.to_thread(self.store.count_tasks)
+        if counts.num_incompatible:
+            log.warning(
+                "tasks_stored_for_another_model_answer_409",
+                incompatible=counts.num_incompatible,
+                tasks=counts.num_tasks,
+                served=self.model_name,
+                fingerprint=self.engine.shape.fingerprint[:12],
+            )
         log.info("ready", model=self.model_name, host=self.settings.host, port=self.settings.port)
 
     async def sync_pins(self) -> None:

@@ -21,6 +21,7 @@ class LimitsModel(WireModel):
     max_rows: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
     max_queued: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
     max_prefixes: Count | None = None
+    max_versions: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = 256
     max_stored_bytes: Count | None = None
     max_resident_bytes: Count | None = None
     max_pinned_bytes: Count | None = 0

@@ -16,6 +16,7 @@ from prefix_store.local_files import CONFIG, WEIGHTS
 from prefix_store.prefix import Prefix
 from prefix_store.task_changes import Published
 from server.api.auth import Asking, check_again
+from server.api.bases import AcceptBase, BaseFingerprint
 from server.api.errors import PROBLEMS, RequestError, also
 from server.api.manifests import manifest
 from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
@@ -75,12 +76,19 @@ async def upload(
     index: Annotated[int | None, Query(ge=0, lt=2**31, description="One task of a multitask file.")] = None,
     note: Annotated[str, Query(max_length=200)] = "",
     activate: Annotated[Literal["auto", "true", "false"], Query()] = "auto",
-    accept_base: Annotated[bool, Query(description="Store it although it names another base model.")] = False,
+    accept_base: AcceptBase = False,
+    base_fingerprint: BaseFingerprint = None,
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """A native `.safetensors` body, multipart with PEFT's two files, or an ensemble of versions as JSON. 201 with the
-    manifest; known content is 200. A key that may not publish stores the version and leaves what is live."""
+    manifest; content that the task has already is 200 with `unchanged`, and keeps the `note`, `accept_base` and
+    `base_fingerprint` that come with it. A key that may not publish stores the version and leaves what is live.
+
+    `base` says how the file was matched with the model: `verified` by a fingerprint, `name-match` by a full name,
+    `unverified` where the file names nothing or a path, `mismatch` where it names another model, which is refused
+    unless accepted. With `activate=auto` an unverified version is stored and not made live, and `next_step` says how it
+    goes live; with `activate=true` it is refused and not stored."""
     tenant, task = path.tenant, path.name
     state.store.check_name(task)
     if activate == "true":
@@ -111,18 +119,21 @@ async def upload(
         if kind == "application/json":
             if index is not None:
                 raise RequestError(422, "index picks a task of a PEFT multitask file; an ensemble names its members")
+            if base_fingerprint is not None:
+                raise RequestError(422, "base_fingerprint is of a file's base model; an ensemble's members have theirs")
             wanted = _ensemble(*files)
             for member in wanted.members:
                 name = member.partition("@")[0]
                 caller.check_task(name if "/" in name else f"{tenant}/{name}")
             ensemble = await asyncio.to_thread(state.store.make_ensemble, tenant, wanted.members, wanted.rule)
             state.check_ensemble(ensemble)
-            publish = partial(state.store.publish_ensemble, tenant, task, ensemble, **options)
+            publish = partial(state.store.publish_ensemble, tenant, task, ensemble, accept_base=accept_base, **options)
         else:
             prefix = await asyncio.to_thread(_parse, state, files, index)
-            base = state.store.match_base(prefix, accept_base)
+            base = state.store.match_base(prefix, accept_base, base_fingerprint)
             await state.engine.check(prefix, tenant)
-            publish = partial(state.store.publish, tenant, task, prefix, base=base, **options)
+            options |= {"base": base, "accept_base": accept_base}
+            publish = partial(state.store.publish, tenant, task, prefix, **options)
         await check_again(request)
         published: Published = await asyncio.to_thread(publish)
     if published.is_repair:
@@ -133,8 +144,8 @@ async def upload(
         "ETag": f'"{published.task.revision}"',
         "Location": f"/v1/prefixes/{name_for(caller.tenant.name, published.task)}/versions/{published.version.version}",
     }
-    shown = manifest(state, caller, published.task, published.version)
-    return JSONResponse(shown, 201 if published.is_new else 200, headers)
+    body = manifest(state, caller, published.task, published.version) | {"unchanged": not published.is_new}
+    return JSONResponse(body, 201 if published.is_new else 200, headers)
 
 
 def _parse(state: AppState, files: tuple[bytes, ...], index: int | None) -> Prefix:

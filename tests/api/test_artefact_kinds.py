@@ -13,21 +13,23 @@ from safetensors.torch import load, save
 from prefix_store.native_format import write_native
 from prefix_store.prefix import Prefix
 from tests.byte_model import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS
-from tests.conftest import NATIVE, Served, native
+from tests.conftest import NAME, NATIVE, Served, native
 
 JSON = {"Content-Type": "application/json"}
 SEPARATOR = 46  # a full stop
+CLAIM: dict[str, Any] = {"base_model": NAME}
 
 
 def kv(seed: int, n: int = 5, layers: tuple[int, ...] | None = None, **fields: Any) -> bytes:
     generator = torch.Generator().manual_seed(seed)
     made = torch.randn(LAYERS, 2, KV_HEADS, n, HEAD_DIM, generator=generator)
-    return write_native(Prefix("kv", {i: (made[i, 0], made[i, 1]) for i in layers or range(LAYERS)}, **fields))
+    return write_native(Prefix("kv", {i: (made[i, 0], made[i, 1]) for i in layers or range(LAYERS)}, **CLAIM | fields))
 
 
 def soft(seed: int, n: int = 4, **fields: Any) -> bytes:
     generator = torch.Generator().manual_seed(seed)
-    return write_native(Prefix("soft", embeddings=torch.randn(n, HIDDEN, generator=generator) * 0.5, **fields))
+    embeddings = torch.randn(n, HIDDEN, generator=generator) * 0.5
+    return write_native(Prefix("soft", embeddings=embeddings, **CLAIM | fields))
 
 
 def put_ensemble(
@@ -87,7 +89,7 @@ def test_composition_concatenates_in_order(served: Served, kinds: dict[str, byte
     assert both["details"]["virtual_tokens"] == 24
     assert (both["details"]["task"], both["details"]["version"]) == ("k-kv,k-long", "1,1")
     joined = {name: torch.cat((load(kinds["k-kv"])[name], tensor), 1) for name, tensor in load(kinds["k-long"]).items()}
-    served.put("k-joined", save(joined, {"format": "prefixserve/1", "kind": "kv"}))
+    served.put("k-joined", save(joined, {"format": "prefixserve/1", "kind": "kv"} | CLAIM))
     assert answer(served, "k-joined")["generated_text"] == both["generated_text"]
     response = served.generate("A fine film", "k-long@1,k-kv@1", max_new_tokens=20, ignore_eos=True)
     # Keys of prefixes carry no position: without a sliding window their order changes nothing.

@@ -87,11 +87,11 @@ def test_a_deleted_task_gives_up_its_label_where_another_has_the_same_content(se
 
 
 def test_an_ensemble_is_matched_with_the_model_as_its_worst_member(served: Served) -> None:
-    served.put("of-nothing", native(121))
+    served.put("of-nothing", native(121, base_model=None))
     served.put("shared-content", native(122))
     served.put("of-this", served.http.get("/v1/prefixes/shared-content/versions/1/file").content)
     served.put("of-another", native(120, base_model="other/model"), accept_base="1")
-    for other, base in (("of-this", "verified"), ("of-nothing", "unverified"), ("of-another", "mismatch")):
+    for other, base in (("of-this", "verified"), ("of-nothing@1", "unverified"), ("of-another", "mismatch")):
         assert put_ensemble(served, "matched", ["of-this", other]).json()["base"] == base
 
 

@@ -51,7 +51,7 @@ def test_upload_answers_with_the_manifest(served: Served) -> None:
     manifest = response.json()
     assert (manifest["task"], manifest["version"], manifest["active"], manifest["previous"]) == ("upload", 1, 1, None)
     assert (manifest["kind"], manifest["num_virtual_tokens"], manifest["note"]) == ("kv", 5, "first try")
-    assert manifest["base"] == "unverified"
+    assert (manifest["base"], manifest["next_step"], manifest["unchanged"]) == ("name-match", None, False)
     assert manifest["fingerprint"]
     assert response.headers["ETag"]
     assert response.headers["Location"] == "/v1/prefixes/upload/versions/1"
@@ -71,7 +71,7 @@ def test_upload_without_a_content_type_is_a_native_file(served: Served) -> None:
 
 
 def test_peft_folder_as_multipart(served: Served, peft_parts: dict[str, bytes]) -> None:
-    response = served.http.put("/v1/prefixes/tuned", files=peft_parts)
+    response = served.http.put("/v1/prefixes/tuned?accept_base=1", files=peft_parts)
     assert response.status_code == 201, response.text
     assert (response.json()["kind"], response.json()["num_virtual_tokens"]) == ("soft", 6)
     bare, tuned = (served.generate("x", task, max_new_tokens=24).json() for task in (None, "tuned"))

@@ -50,6 +50,11 @@ def routes(served: Served) -> list[tuple[str, str]]:
     return found
 
 
+def versions(served: Served, task: str) -> list[int]:
+    found = served.http.get(f"/v1/prefixes/{task}")
+    return [one["version"] for one in found.json()["versions"]] if found.is_success else []
+
+
 class TestKeys:
     def test_every_route_but_health_wants_a_key(self, keyed: Served) -> None:
         with httpx.Client(base_url=keyed.url) as http:
@@ -384,6 +389,26 @@ class TestLimits:
         assert short.put("t", native(1)).status_code == 413
         assert short.generate(PROMPT, max_new_tokens=3).status_code == 422
         assert short.generate(PROMPT, details=True, ignore_eos=True).json()["details"]["generated_tokens"] == 2
+
+    def test_versions_of_a_task_have_a_bound_that_an_operator_sets(self, keyed: Served) -> None:
+        tenant = make_tenant(keyed, "many")
+        assert keyed.http.get("/v1/tenants/many").json()["limits"]["max_versions"] == 256
+        for bound in (2, 3):
+            assert keyed.http.put("/v1/tenants/many", json={"limits": {"max_versions": bound}}).status_code == 200
+            while (made := tenant.put("t", native(40 + len(versions(tenant, "t"))))).status_code == 201:
+                pass
+            assert made.status_code == 507
+            for words in (
+                f"max_versions of this tenant is {bound}",
+                "`prefixserve rm t@V`",
+                "/v1/prefixes/t/versions/V",
+            ):
+                assert words in made.json()["detail"]
+            assert len(versions(tenant, "t")) == bound
+        assert tenant.put("t", native(40)).json()["unchanged"] is True
+        assert tenant.http.delete("/v1/prefixes/t/versions/1").status_code == 204
+        assert tenant.put("t", native(50)).json()["version"] == 4
+        assert keyed.http.put("/v1/tenants/many", json={"limits": {"max_versions": 0}}).status_code == 422
 
     def test_pinned_bytes_are_none_until_granted(self, keyed: Served) -> None:
         tenant = make_tenant(keyed, "pinning")

@@ -18,7 +18,7 @@ from server.engine import recent_failures
 from server.engine.engine import Engine
 from server.engine.sequence import PrefixRef
 from tests.byte_model import HIDDEN
-from tests.conftest import Served, make_tenant, native
+from tests.conftest import NAME, Served, make_tenant, native
 from tests.waiting import eventually
 
 SHORT: list[Exception] = [
@@ -140,7 +140,7 @@ def not_readable(prefix: Prefix) -> Prefix:
 
 def soft(seed: int) -> bytes:
     embeddings = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(seed))
-    return write_native(Prefix("soft", embeddings=embeddings))
+    return write_native(Prefix("soft", embeddings=embeddings, base_model=NAME))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def publish(
     activate: bool | None = None,
     within_limits: bool = False,
 ) -> Published:
-    return store.publish(tenant, task, soft(seed, n), base="unverified", activate=activate, within_limits=within_limits)
+    base = "name-match"
+    return store.publish(tenant, task, soft(seed, n), base=base, activate=activate, within_limits=within_limits)
 
 
 def make_tenants(registry: Registry, *names: str, limits: Limits | None = None) -> None:

@@ -110,7 +110,7 @@ class TestAudit:
         make_tenants(registry, OURS, THEIRS)
         store = PrefixStore(registry, Blobs(tmp_path / "blobs"), SHAPE)
         for seed in (1, 2, 2):
-            store.publish(OURS, "t", soft(seed), base="unverified", by=by)
+            store.publish(OURS, "t", soft(seed), base="name-match", by=by)
         store.activate(OURS, "t", "previous", by=by)
         store.set_weights(OURS, "t", {"2": 30, "1": 70}, by=by)
         store.quarantine(OURS, "t", 2)
@@ -119,7 +119,7 @@ class TestAudit:
         store.set_pinned(OURS, "t", True, by=by)
         store.set_pinned(OURS, "t", True, by=by)
         store.set_enabled(OURS, "t", False, by=by)
-        store.publish(OURS, "other", soft(3), base="unverified")
+        store.publish(OURS, "other", soft(3), base="name-match")
         with pytest.raises(ConflictError):
             store.delete_version(OURS, "t", "1", by=by)
         store.delete_version(OURS, "t", "2", by=by)

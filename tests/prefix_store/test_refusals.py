@@ -623,9 +623,9 @@ def test_header_that_only_safetensors_refuses() -> None:
 @pytest.mark.parametrize("text", ["\ud800", "a\nb", "\0"])
 def test_base_model_that_cannot_be_shown(key: str, text: str) -> None:
     body = by_hand({"__metadata__": SOFT | {key: text}, "embeddings": entry(0, 192, 1, 48)}, 192)
-    refused_native(body, f"__metadata__.{key} must be <= 500 printable characters")
+    refused_native(body, f"__metadata__.{key} must be printable text on one line")
     fields = config("PROMPT_TUNING", base_model_name_or_path=text)
-    refused_peft(fields, PROMPT, "base_model_name_or_path must be a text of at most 500 printable characters")
+    refused_peft(fields, PROMPT, "base_model_name_or_path must be printable text on one line")
 
 
 @pytest.mark.parametrize(
