@@ -91,7 +91,7 @@ class PrefixStore:
         PreconditionFailedError, StorageFullError, NotFoundError for a tenant that is gone, ForeignFilesError."""
         body = write_native(replace(prefix, base_model=self._shape.model_name, fingerprint=self._shape.fingerprint))
         new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
-        check_owner(self._registry, self._blobs)
+        check_owner(self._registry, self._blobs, f"store a file of {len(body)} bytes")
         upload = Upload(self._blobs, tenant, body)
         try:
             return self._add_version(tenant, task, new, activate, precondition, limits, upload, by)
