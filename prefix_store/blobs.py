@@ -103,7 +103,7 @@ class Blobs:
 
     def holds(self, tenant: str, body: bytes) -> bool:
         """Whether `body` is stored, byte for byte."""
-        with _named(f"read a file of {len(body)} bytes"):
+        with _named(f"store a file of {len(body)} bytes"):
             return self._holds(self._path(tenant, digest_of(body)), body)
 
     def get(self, tenant: str, digest: str) -> bytes:
@@ -176,10 +176,11 @@ class Blobs:
                     if not min_age_s or time.time() - self._modified_s(found) >= min_age_s:
                         self._fs.rm_file(path)
 
-    def owner(self) -> str | None:
-        """The id of the registry that these blobs belong to, or whatever stands in its place; None: nothing does."""
+    def owner(self, purpose: str = f"read {OWNER}") -> str | None:
+        """The id of the registry that these blobs belong to, or whatever stands in its place; None: nothing does. An
+        error says what it was asked for."""
         try:
-            with _named(f"read {OWNER}"):
+            with _named(purpose):
                 found = self._read(f"{self._root}/{OWNER}")
         except DamagedBlobError:
             return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefix_store.blobs import Blobs
+from prefix_store.blobs import OWNER, Blobs
 from prefix_store.errors import ForeignFilesError
 from prefix_store.registry import Registry
 
@@ -42,9 +42,9 @@ def take_over(registry: Registry, blobs: Blobs) -> str | None:
     return found
 
 
-def check_owner(registry: Registry, blobs: Blobs) -> None:
+def check_owner(registry: Registry, blobs: Blobs, purpose: str = f"read {OWNER}") -> None:
     """Raises ForeignFilesError where the root names another registry now. A root that names none may be used."""
-    own, found = registry.identity().id, blobs.owner()
+    own, found = registry.identity().id, blobs.owner(purpose)
     if found is not None and found != own:
         raise ForeignFilesError(
             f"expected files of registry {own} in {blobs.url}, found those of registry {found!r}; {REMEDY}"

@@ -97,7 +97,7 @@ class PrefixStore:
         new = self._new_version(task, digest_of(body), prefix.layout, len(body), base, note)
         is_accepted = accept_base and base in BASES_TO_ACCEPT
         new = replace(new, claimed_base=prefix.base_model, is_base_accepted=is_accepted)
-        check_owner(self._registry, self._blobs)
+        check_owner(self._registry, self._blobs, f"store a file of {len(body)} bytes")
         upload = Upload(self._blobs, tenant, body)
         try:
             return self._add_version(tenant, task, new, activate, precondition, within_limits, upload, by)

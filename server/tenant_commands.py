@@ -138,7 +138,8 @@ def suspend(
 
 @app.command()
 def rm(name: str, data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: AsJson = False) -> None:
-    """Delete a tenant with its keys and tasks. Its files go when a server starts on this folder next."""
+    """Delete a tenant with its keys and tasks. Its files go to the trash when they are unused for a day, at a start of
+    the server or by `registry sweep`."""
     with plain_errors():
         registry = _open(data_dir, redis_url)
         try:

@@ -48,6 +48,8 @@ def test_file_of_the_fourth_schema_is_counted_as_well(tmp_path: Path) -> None:
     store.close()
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("DELETE FROM entries WHERE entry >= 'model ' AND entry < 'model!'")
+    db.execute("DROP INDEX audit_by_tenant_number")
+    db.execute("ALTER TABLE audit DROP COLUMN tenant_number")
     db.execute("PRAGMA user_version = 4")
     db.close()
     registry = SqliteRegistry(path)

@@ -9,19 +9,16 @@ import pytest
 from prefix_store.errors import QuotaError
 from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
-from prefix_store.tenants import DEFAULT, Limits, Tenant
-from tests.prefix_store.small_prefixes import OURS, publish
+from prefix_store.tenants import DEFAULT, Limits
+from tests.prefix_store.small_prefixes import OURS, make_tenants, publish
 
 
-@pytest.fixture(autouse=True)
-def tenant(registry: Registry) -> None:
-    registry.update_tenant(OURS, lambda found: found or Tenant(OURS))
+def test_uploads_at_once_stay_within_the_bound(store: PrefixStore, registry: Registry) -> None:
+    make_tenants(registry, OURS, limits=Limits(max_versions=5))
 
-
-def test_uploads_at_once_stay_within_the_bound(store: PrefixStore) -> None:
     def upload(seed: int) -> bool:
         try:
-            return publish(store, "t", seed, limits=Limits(max_versions=5)).is_new
+            return publish(store, "t", seed, within_limits=True).is_new
         except QuotaError:
             return False
 
@@ -31,17 +28,18 @@ def test_uploads_at_once_stay_within_the_bound(store: PrefixStore) -> None:
     with pytest.raises(
         QuotaError, match="max_versions of this tenant is 5 for a task, 't' has 5; delete old ones first"
     ):
-        publish(store, "t", 99, limits=Limits(max_versions=5))
+        publish(store, "t", 99, within_limits=True)
 
 
-def test_bound_is_of_each_task_and_spares_known_content(store: PrefixStore) -> None:
-    bound = Limits(max_versions=1)
+def test_bound_is_of_each_task_and_spares_known_content(store: PrefixStore, registry: Registry) -> None:
+    make_tenants(registry, OURS, limits=Limits(max_versions=1))
     for task in ("t", "u"):
-        assert publish(store, task, 1, limits=bound).is_new
-    assert not publish(store, "t", 1, limits=bound).is_new
+        assert publish(store, task, 1, within_limits=True).is_new
+    assert not publish(store, "t", 1, within_limits=True).is_new
     with pytest.raises(QuotaError):
-        publish(store, "t", 2, limits=bound)
-    assert publish(store, "t", 2, limits=Limits(max_versions=None)).is_new
+        publish(store, "t", 2, within_limits=True)
+    make_tenants(registry, OURS, limits=Limits(max_versions=None))
+    assert publish(store, "t", 2, within_limits=True).is_new
 
 
 def test_every_tenant_has_the_bound_unless_it_is_set_otherwise() -> None:
