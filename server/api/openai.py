@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,15 +20,16 @@ from server.api.auth import Asking, Caller
 from server.api.bill import Bill, admit
 from server.api.errors import OPENAI_ERRORS, RequestError, also, openai_error, status_of
 from server.api.generate import Session, check_least
+from server.api.json_bodies import JSONRoute
 from server.api.limits import default_tokens
-from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
+from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
 from server.api.state import AppState, State, Target, named
 from server.engine.detokenizer import Place
 from server.engine.errors import EngineError
 from server.engine.sequence import TokenOutput
 from server.engine.token_texts import TokenTexts
 
-router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
+router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS, route_class=JSONRoute)
 DEFAULT_COMPLETION_TOKENS, MAX_DEFAULT_CHAT_TOKENS = 16, 512
 PLACEHOLDERS = ("dummy", "tgi")  # what clients made for TGI send where the URL alone names the model
 DONE = "data: [DONE]\n\n"
@@ -66,7 +67,7 @@ async def completions(
     target = await _target(state, caller, body.model, session)
     limit = default_tokens(caller.tenant.limits, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
     with await admit(state, caller, target, len(body.text.encode()), body.n or 1, limit) as bill:
-        return await _answer(request, state, body, body.text, limit, body.logprobs, "text_completion", bill)
+        return await _answer(request, state, body, body.text, limit, body.num_top_logprobs, "text_completion", bill)
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation", responses=also(EventStream.media_type))
@@ -78,7 +79,7 @@ async def chat_completions(
     messages = [message.as_template_input() for message in body.messages]
     given = body.max_completion_tokens or body.max_tokens
     limit = default_tokens(caller.tenant.limits, given, MAX_DEFAULT_CHAT_TOKENS)
-    num_bytes = sum(len(message["content"].encode()) for message in messages)
+    num_bytes = sum(len(message.text.encode()) for message in body.messages)
     with await admit(state, caller, target, num_bytes, body.n or 1, limit) as bill:
         prompt = await state.engine.tokenising(partial(_template, state, messages))
         if given is None:
@@ -125,15 +126,40 @@ async def _target(state: AppState, caller: Caller, name: str, session: str | Non
         raise RequestError(404, f"the model {name[:140]!r} does not exist", "model") from error
 
 
-def _template(state: AppState, messages: list[dict[str, str]]) -> list[int]:
+def _template(state: AppState, messages: list[dict[str, Any]]) -> list[int]:
     tokenizer = state.engine.tokenizer
     if not tokenizer.chat_template:
         raise RequestError(422, "the model has no chat template; use /v1/completions")
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = render(messages)
     except Exception as error:  # a template raises what it likes for a conversation that it does not know
         raise RequestError(422, f"the model's chat template refuses these messages: {error}", "messages") from error
+    _check_tools_rendered(render, messages, text)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _check_tools_rendered(
+    render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]], text: str
+) -> None:
+    """Many templates pass over calls of tools and what these answered. Raises RequestError where `text` is the same
+    without them."""
+    without_calls = [{name: value for name, value in m.items() if name != "tool_calls"} for m in messages]
+    other_answers = [m | {"content": m["content"] + "."} if m["role"] == "tool" else m for m in messages]
+    for changed, what in ((without_calls, "tool_calls"), (other_answers, "content")):
+        first = next((i for i, (m, other) in enumerate(zip(messages, changed, strict=True)) if m != other), None)
+        if first is None:
+            continue
+        try:
+            is_ignored = render(changed) == text
+        except Exception:  # a template that raises has looked
+            is_ignored = False
+        if is_ignored:
+            field = f"messages[{first}].{what}"
+            raise RequestError(422, f"{field} has no place in the model's chat template", field)
 
 
 async def _answer(
@@ -155,8 +181,8 @@ async def _answer(
     texts = TokenTexts(state.engine.tokenizer)
     reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), texts)
     if body.stream:
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(reply, answers, with_usage), answers, answer_headers(bill, answers[0].stream))
+        events = _events(reply, answers, body.stream_options or StreamOptions())
+        return EventStream(events, answers, answer_headers(bill, answers[0].stream))
     try:
         finished = await while_connected(request, _finish_all(answers))
     finally:
@@ -173,16 +199,15 @@ async def _answer(
         else:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         choices.append(choice)
-    return JSONResponse(
-        {**reply.body(choices), "usage": _usage(answers)}, headers=answer_headers(bill, answers[0].stream)
-    )
+    usage = _usage(answers, sum(map(len, finished)))
+    return JSONResponse({**reply.body(choices), "usage": usage}, headers=answer_headers(bill, answers[0].stream))
 
 
 async def _finish_all(answers: list[Answer]) -> list[list[TokenOutput]]:
     return [await answer.finish() for answer in answers]
 
 
-async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> AsyncIterator[str]:
+async def _events(reply: Reply, answers: list[Answer], options: StreamOptions) -> AsyncIterator[str]:
     merged: asyncio.Queue[tuple[int, TokenOutput | EngineError]] = asyncio.Queue()
     is_chat = reply.kind == "chat.completion"
 
@@ -194,7 +219,9 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
             merged.put_nowait((index, error))
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
-        usage = {"usage": None} if with_usage else {}
+        usage: dict[str, Any] = {"usage": None} if options.include_usage else {}
+        if options.continuous_usage_stats:
+            usage = {"usage": _usage(answers, num_read)}
         return f"data: {json.dumps({**reply.body(choices, is_chunk=True), **usage, **more})}\n\n"
 
     def choice(index: int, text: str, reason: str | None, logprobs: Any, **delta: str) -> dict[str, Any]:
@@ -203,6 +230,7 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
 
     pumps = [asyncio.create_task(pump(i, answer)) for i, answer in enumerate(answers)]
     num_running = len(answers)
+    num_read = 0  # tokens of all answers
     texts = [""] * len(answers)
     unsent: list[list[TokenOutput]] = [[] for _ in answers]  # log-probabilities wait for the text of their token
     try:
@@ -214,6 +242,7 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
             if isinstance(output, EngineError):
                 yield f"data: {json.dumps({'error': openai_error(status_of(output), str(output))})}\n\n"
                 return
+            num_read += 1
             num_running -= output.finish_reason is not None
             reason = _reason(output) if output.finish_reason else None
             logprobs = None
@@ -225,8 +254,8 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
                 logprobs = _logprobs(reply, waiting[:num_sent], texts[index]) if num_sent else None
             if output.text or logprobs or reason:
                 yield chunk([choice(index, output.text, reason, logprobs)])
-        if with_usage:
-            yield chunk([], usage=_usage(answers))
+        if options.include_usage:
+            yield chunk([], usage=_usage(answers, num_read))
         yield DONE
     finally:
         for task in pumps:
@@ -243,9 +272,9 @@ def _reason(output: TokenOutput) -> str:
     return "length" if output.finish_reason == "length" else "stop"
 
 
-def _usage(answers: list[Answer]) -> dict[str, Any]:
+def _usage(answers: list[Answer], generated: int) -> dict[str, Any]:
+    """With `generated` tokens of all answers."""
     prompt = answers[0].stream.num_prompt_tokens
-    generated = sum(answer.stream.num_generated_tokens for answer in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,

@@ -10,8 +10,8 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server.api.errors import PROBLEMS, RequestError
-from server.api.schemas import MAX_STOPS
 from server.api.state import State
+from server.api.wire_model import MAX_STOPS
 
 router = APIRouter(tags=["ops"], responses=PROBLEMS)
 

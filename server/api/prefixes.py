@@ -12,12 +12,13 @@ from prefix_store.errors import QuotaError
 from prefix_store.task import Task
 from server.api.auth import Asking, Caller
 from server.api.errors import PROBLEMS, RequestError
+from server.api.json_bodies import JSONRoute
 from server.api.manifests import described, manifest, task_response
 from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
 from server.api.schemas import ActivateRequest, ShareRequest
 from server.api.state import AppState, State
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS)
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS, route_class=JSONRoute)
 
 
 @router.get("", summary="List tasks by name")
