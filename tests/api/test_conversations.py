@@ -3,8 +3,9 @@ it."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -150,6 +151,17 @@ CLIENTS = (
     with_langchain,
     with_langchain_streaming,
 )
+
+
+@pytest.fixture(autouse=True)
+def event_loop_of_the_thread() -> Iterator[None]:
+    """Litellm asks for one outside of any coroutine, and would leave the one that is then made open."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    loop.run_until_complete(asyncio.sleep(0))
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 @pytest.mark.parametrize("talk", CLIENTS)
