@@ -65,6 +65,8 @@ class GenerateParameters(WireModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unserved(cls, values: Any) -> Any:
+        typical_p = values.get("typical_p") if isinstance(values, dict) and values.get("do_sample") is False else None
+        is_idle = isinstance(typical_p, float) and 0 < typical_p < 1  # it only chooses among what is sampled
         return refuse(
             values,
             {
@@ -74,7 +76,7 @@ class GenerateParameters(WireModel):
                 "grammar": (),
                 "top_n_tokens": (0,),
                 "truncate": (),
-                "typical_p": (1, 1.0),
+                "typical_p": (1, 1.0, typical_p) if is_idle else (1, 1.0),
                 "watermark": (False,),
                 "response_format": (),
                 "constrain": (),
