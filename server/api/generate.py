@@ -47,7 +47,8 @@ async def generate(
     task: TaskQuery = None,
     session: Session = None,
 ) -> Response:
-    """TGI's request and answer. `details` adds tokens with log-probabilities, the task and its version."""
+    """TGI's request and answer. `details` adds tokens with log-probabilities, the task and its version. Greedy, and the
+    text goes to the model as it stands, as prefixes are trained; OpenAI's routes sample unless `temperature` is 0."""
     return await _answer(request, state, caller, body, task, session, streams=bool(body.stream))
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from server.api.json_bodies import JSONRoute
 from server.api.limits import default_tokens
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
 from server.api.state import AppState, State, Target, named
+from server.engine.chat_template import passed_over
 from server.engine.detokenizer import Place
 from server.engine.errors import EngineError
 from server.engine.sequence import TokenOutput
@@ -63,7 +64,9 @@ class Reply:
 async def completions(
     request: Request, state: State, caller: Asking, body: CompletionRequest, session: Session = None
 ) -> Response:
-    """OpenAI's completions; `n`, `logprobs`, `stream`, `stream_options.include_usage`."""
+    """OpenAI's completions; `n`, `logprobs`, `stream`, `stream_options`. The text goes to the model as it stands, as
+    prefixes are trained. As OpenAI's, it is sampled at temperature 1 unless the request or the model's generation
+    config says otherwise; `/generate` is greedy: `"temperature": 0` gives its answer here."""
     target = await _target(state, caller, body.model, session)
     limit = default_tokens(caller.tenant.limits, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
     with await admit(state, caller, target, len(body.text.encode()), body.n or 1, limit) as bill:
@@ -74,7 +77,9 @@ async def completions(
 async def chat_completions(
     request: Request, state: State, caller: Asking, body: ChatRequest, session: Session = None
 ) -> Response:
-    """OpenAI's chat, through the model's chat template."""
+    """OpenAI's chat. The messages become one text through the model's chat template. A prefix that was trained on text
+    without the template answers otherwise behind it: ask such a task with `/v1/completions` or `/generate`. Sampled at
+    temperature 1 unless the request or the model's generation config says otherwise."""
     target = await _target(state, caller, body.model, session)
     messages = [message.as_template_input() for message in body.messages]
     given = body.max_completion_tokens or body.max_tokens
@@ -138,28 +143,9 @@ def _template(state: AppState, messages: list[dict[str, Any]]) -> list[int]:
         text = render(messages)
     except Exception as error:  # a template raises what it likes for a conversation that it does not know
         raise RequestError(422, f"the model's chat template refuses these messages: {error}", "messages") from error
-    _check_tools_rendered(render, messages, text)
+    if field := passed_over(render, messages, text):
+        raise RequestError(422, f"{field} has no place in the model's chat template", field)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _check_tools_rendered(
-    render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]], text: str
-) -> None:
-    """Many templates pass over calls of tools and what these answered. Raises RequestError where `text` is the same
-    without them."""
-    without_calls = [{name: value for name, value in m.items() if name != "tool_calls"} for m in messages]
-    other_answers = [m | {"content": m["content"] + "."} if m["role"] == "tool" else m for m in messages]
-    for changed, what in ((without_calls, "tool_calls"), (other_answers, "content")):
-        first = next((i for i, (m, other) in enumerate(zip(messages, changed, strict=True)) if m != other), None)
-        if first is None:
-            continue
-        try:
-            is_ignored = render(changed) == text
-        except Exception:  # a template that raises has looked
-            is_ignored = False
-        if is_ignored:
-            field = f"messages[{first}].{what}"
-            raise RequestError(422, f"{field} has no place in the model's chat template", field)
 
 
 async def _answer(

@@ -319,3 +319,17 @@ def test_models_lists_the_base_model_and_the_tasks(served: Served, films: str) -
     )
     missing = served.http.get("/v1/models/nothing")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_the_openapi_page_says_which_routes_sample_and_what_the_template_changes(served: Served) -> None:
+    page = served.http.get("/openapi.json").json()
+    said = {path: page["paths"][path]["post"]["description"] for path in ("/generate", "/v1/completions")}
+    said |= {"chat": page["paths"]["/v1/chat/completions"]["post"]["description"]}
+    assert "Greedy" in said["/generate"]
+    assert "sampled at temperature 1" in " ".join(said["/v1/completions"].split())
+    assert "temperature 1" in said["chat"]
+    assert "chat template" in said["chat"]
+    schemas = page["components"]["schemas"]
+    for name in ("CompletionRequest", "ChatRequest"):
+        assert "sampled" in schemas[name]["properties"]["temperature"]["description"]
+    assert "template" in schemas["ChatRequest"]["properties"]["messages"]["description"]
