@@ -23,6 +23,8 @@ def parse_json(body: bytes, name: str, *, allows_nan: bool = False) -> Any:
     which a caller that checks each field refuses by the field's name."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if not items:  # of which a few MiB may hold a million
+            return {}
         made = dict(items)
         if len(made) != len(items):
             keys = [key for key, _ in items]

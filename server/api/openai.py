@@ -159,7 +159,8 @@ async def _answer(
     bill: Bill,
 ) -> Response:
     target = bill.target
-    check_least("min_tokens", body.min_tokens, "max_tokens", max_new_tokens)
+    is_new_name = isinstance(body, ChatRequest) and body.max_completion_tokens is not None
+    check_least("min_tokens", body.min_tokens, "max_completion_tokens" if is_new_name else "max_tokens", max_new_tokens)
     defaults = state.defaults
     params = [body.sampling_params(max_new_tokens, num_top_logprobs, i, defaults) for i in range(body.n or 1)]
     answers = await start_answers(state, request, prompt, params, bill)
