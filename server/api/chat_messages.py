@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from prefix_store.bounded_json import shown
 from server.api.wire_model import MAX_PROMPTS, Name, Text, WireModel, refuse, wrong_field
@@ -15,7 +15,10 @@ ASSISTANTS = ("role", "content", "name", "refusal", "tool_calls", "function_call
 
 
 class TextPart(WireModel):
-    type: Literal["text"]
+    """In an assistant's message also a refusal, and with fields that are dropped."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True, "required": ["type"]})
+    type: Annotated[Literal["text"], WithJsonSchema({"enum": ["text", "refusal"], "type": "string"})]
     text: Text
 
 
@@ -52,6 +55,7 @@ class ChatMessage(WireModel):
     """An assistant's message may come back as this or another server's client keeps it: fields that its text does not
     depend on are dropped, known or not. Messages of other roles have the fields below and no others."""
 
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(max_length=MAX_PROMPTS)] | None = Field(
         None, description="May be null in an assistant's message."
