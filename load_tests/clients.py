@@ -45,13 +45,14 @@ class Place:
 @dataclass(frozen=True)
 class StockClient:
     """`package` as pip takes it, none for one of this environment. `failures` reads what the client wrote of failed
-    requests; a client without it exits with another code than 0."""
+    requests; a client without it exits with another code than 0. `is_offline`: it reads a data set or a tokenizer of
+    files, and must not ask the hub for them."""
 
     name: str
     package: str | None
     command: Callable[[Place], list[str]]
     failures: Callable[[Place], int] = lambda _: 0
-    is_offline: bool = True
+    is_offline: bool = False
 
 
 def guidellm(kind: str, model: str) -> Callable[[Place], list[str]]:
@@ -74,14 +75,14 @@ def failed_in_guidellm(place: Place) -> int:
     return int(totals["errored"]) + (not totals["successful"])
 
 
-def aiperf(kind: str, model: str) -> Callable[[Place], list[str]]:
+def aiperf(kind: str, model: str, *more: str) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
         return [
             *("aiperf", "profile", "-m", model, "--url", place.url, "--endpoint-type", kind, "--streaming"),
             *("--tokenizer", place.tokenizer, "--isl", str(NUM_IN), "--osl", str(NUM_OUT)),
             *("--concurrency", "2", "--request-count", str(NUM_REQUESTS), "--ui", "none"),
-            *("--extra-inputs", f"min_tokens:{NUM_OUT}", "--use-server-token-count", "--per-chunk-usage"),
-            *("--artifact-dir", str(place.folder)),
+            *("--extra-inputs", f"min_tokens:{NUM_OUT}", "--use-server-token-count"),
+            *("--artifact-dir", str(place.folder), *more),
         ]
 
     return command
@@ -112,16 +113,23 @@ def script(name: str) -> Callable[[Place], list[str]]:
 
 CLIENTS = (
     StockClient("openai, litellm, huggingface_hub, langchain-openai", None, script("talks.py")),
-    StockClient("guidellm chat", "guidellm==0.8.1", guidellm("/v1/chat/completions", MODEL), failed_in_guidellm),
-    StockClient("guidellm text", "guidellm==0.8.1", guidellm("/v1/completions", "films"), failed_in_guidellm),
-    StockClient("aiperf chat", "aiperf==0.13.0", aiperf("chat", MODEL), failed_in_aiperf, is_offline=False),
-    StockClient("aiperf text", "aiperf==0.13.0", aiperf("completions", "films"), failed_in_aiperf, is_offline=False),
+    StockClient(
+        "guidellm chat", "guidellm==0.8.1", guidellm("/v1/chat/completions", MODEL), failed_in_guidellm, is_offline=True
+    ),
+    StockClient(
+        "guidellm text", "guidellm==0.8.1", guidellm("/v1/completions", "films"), failed_in_guidellm, is_offline=True
+    ),
+    StockClient("aiperf chat", "aiperf==0.13.0", aiperf("chat", MODEL, "--per-chunk-usage"), failed_in_aiperf),
+    StockClient("aiperf text", "aiperf==0.13.0", aiperf("completions", "films"), failed_in_aiperf),
     StockClient("locust", "locust==2.47.0", locust),
-    StockClient("lm-eval text", "lm-eval[api]==0.4.13", lm_eval("local-completions", "/v1/completions")),
+    StockClient(
+        "lm-eval text", "lm-eval[api]==0.4.13", lm_eval("local-completions", "/v1/completions"), is_offline=True
+    ),
     StockClient(
         "lm-eval chat",
         "lm-eval[api]==0.4.13",
         lm_eval("local-chat-completions", "/v1/chat/completions", "--apply_chat_template"),
+        is_offline=True,
     ),
     StockClient("text-generation", "text-generation==0.7.0", script("text_generation_talk.py")),
     StockClient("langchain-huggingface", "langchain-huggingface==1.2.3", script("langchain_huggingface_talk.py")),
@@ -138,7 +146,7 @@ def programs(package: str | None) -> Path:
         venv.create(folder, with_pip=True, clear=True)
         constraints = folder / "constraints.txt"
         constraints.write_text(CONSTRAINTS)
-        install = [str(folder / "bin" / "pip"), "install", "-q", "-c", str(constraints), package]
+        install = [str(folder / "bin" / "pip"), "install", "-qq", "-c", str(constraints), package]
         subprocess.run(install, check=True, timeout=INSTALL_S)
         (folder / "installed").touch()
     return folder / "bin"
