@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from prefix_store.bounded_json import shown
-from server.api.wire_model import MAX_PROMPTS, Name, Text, WireModel, refuse, wrong_field
+from server.api.wire import MAX_PROMPTS, Name, Text, WireModel, refuse, wrong_field
 
 MAX_TOOL_CALLS = 128
 ASSISTANTS = ("role", "content", "name", "refusal", "tool_calls", "function_call", "audio")

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from prefix_store.bounded_json import shown
-from server.api.wire_model import WRONG_FIELD
+from server.api.wire import WRONG_FIELD
 
 MAX_PATH = 200  # characters
 BODY = "the body"
@@ -86,7 +86,7 @@ def _of_value(path: str, error: ErrorDetails) -> FieldError:
         return FieldError(path, f"{name} must have {LENGTHS[kind].format(**context)}, got {len(value)}")
     if kind in VALUES:
         return FieldError(path, f"{name} must be {VALUES[kind].format(**_short(context))}, got {shown(value)}")
-    return FieldError(path, f"{name}: {error['msg']}")
+    return FieldError(path, f"{name}: {error['msg'].removeprefix('Value error, ')}")
 
 
 def _path(error: ErrorDetails, body: Any) -> str:

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server.api.errors import PROBLEMS, RequestError
 from server.api.state import State
-from server.api.wire_model import MAX_STOPS
+from server.api.wire import MAX_STOPS
 
 router = APIRouter(tags=["ops"], responses=PROBLEMS)
 

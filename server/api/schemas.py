@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, StrictInt, StringConstraints, model_vali
 from prefix_store.bounded_json import shown
 from prefix_store.ensemble import MAX_MEMBERS, Rule
 from server.api.chat_messages import ChatMessage
-from server.api.wire_model import (
+from server.api.wire import (
     MAX_CHOICES,
     MAX_PROMPTS,
     NUMBER,

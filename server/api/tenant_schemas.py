@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictInt, StringConstraints
 
-from server.api.wire_model import NUMBER, WireModel
+from server.api.wire import NUMBER, WireModel
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 

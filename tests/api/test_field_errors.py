@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from prefix_store.bounded_json import shown
-from server.api.wire_model import WireModel
+from server.api.wire import WireModel
 from tests.conftest import NAME, NATIVE, Served, native
 
 JSON = "application/json"
