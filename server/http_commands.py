@@ -14,6 +14,10 @@ from server.options import LOCAL, AcceptBase, ApiKey, AsJson, BaseFolder, Index,
 from server.terminal import fail, plain_errors, print_json, print_table, print_text, say, show, upload_bar
 
 app = typer.Typer()
+HOW_TO_ASK = """
+Ask {task} as it was trained: prefixserve generate {task} TEXT, POST /generate?task={task}, or /v1/completions with
+"temperature": 0. /v1 samples at temperature 1 unless a request says otherwise, and /v1/chat/completions writes the
+model's chat template around the text: right for a prefix that was trained on chats only."""
 
 
 @app.command()
@@ -141,7 +145,7 @@ def list_(
 
 @app.command("show")
 def show_(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
-    """One task, TASK@VERSION, or OWNER/TASK: versions, residency, notes."""
+    """One task, TASK@VERSION, or OWNER/TASK: versions, residency, notes, and how to ask it as it was trained."""
     with plain_errors(), Client(url, api_key) as client:
         found = client.task(task)
     if as_json or "versions" not in found:
@@ -156,6 +160,7 @@ def show_(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson =
     for version in versions:
         if version.get("next_step") is not None:
             say(f"version {version['version']}: {version['next_step']}")
+    say(HOW_TO_ASK.format(task=found["task"]))
 
 
 @app.command()

@@ -271,6 +271,12 @@ def test_list_and_show(cli: Cli, served: Served, task: str) -> None:
     assert "no task 'nothing'" in cli.refused("show", "nothing")
 
 
+def test_show_says_how_to_ask_a_task_as_it_was_trained(cli: Cli, task: str) -> None:
+    text = cli.run("show", task).stdout
+    for words in (f"/generate?task={task}", "/v1/completions", '"temperature": 0', "chat template"):
+        assert words in text
+
+
 def test_activate_and_rollback(cli: Cli, task: str) -> None:
     digest = cli.json("show", f"{task}@2")["digest"]
     for version, active in (("1", 1), (digest[:12], 2), ("previous", 1)):

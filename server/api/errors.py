@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from prefix_store import errors as store_errors
 from prefix_store.printable import escaped
-from server.api.schemas import UNSUPPORTED
+from server.api.field_errors import field_error
 from server.engine import errors as engine_errors
 
 TGI_PATHS = ("/", "/generate", "/generate_stream")
@@ -142,13 +142,8 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-        text = str(first["msg"]).removeprefix("Value error, ")
-        message = f"{field}: {text}" if field else text
-        if first["type"] == UNSUPPORTED:
-            field = ".".join(filter(None, (field, first["ctx"]["field"])))
-        return error_response(request.url.path, 422, message, param=field or None)
+        wrong = field_error(error.errors(), error.body)
+        return error_response(request.url.path, 422, wrong.message, param=wrong.path or None)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

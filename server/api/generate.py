@@ -14,13 +14,14 @@ from server.api.answers import Answer, EventStream, answer_headers, start_answer
 from server.api.auth import Asking, Caller
 from server.api.bill import admit
 from server.api.errors import TGI_ERRORS, RequestError, also, status_of, tgi_type
+from server.api.json_bodies import JSONRoute
 from server.api.limits import default_tokens
 from server.api.schemas import DEFAULT_NEW_TOKENS, MAX_MODEL_LENGTH, GenerateParameters, GenerateRequest
 from server.api.state import AppState, State, Target
 from server.engine.errors import EngineError
 from server.engine.sequence import TokenOutput
 
-router = APIRouter(tags=["generate"], responses=TGI_ERRORS)
+router = APIRouter(tags=["generate"], responses=TGI_ERRORS, route_class=JSONRoute)
 TaskQuery = Annotated[
     str | None,
     Query(
@@ -46,7 +47,8 @@ async def generate(
     task: TaskQuery = None,
     session: Session = None,
 ) -> Response:
-    """TGI's request and answer. `details` adds tokens with log-probabilities, the task and its version."""
+    """TGI's request and answer. `details` adds tokens with log-probabilities, the task and its version. Greedy, and the
+    text goes to the model as it stands, as prefixes are trained; OpenAI's routes sample unless `temperature` is 0."""
     return await _answer(request, state, caller, body, task, session, streams=bool(body.stream))
 
 

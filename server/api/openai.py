@@ -21,15 +21,17 @@ from server.api.auth import Asking, Caller
 from server.api.bill import Bill, admit
 from server.api.errors import OPENAI_ERRORS, RequestError, also, openai_error, status_of
 from server.api.generate import Session, check_least
+from server.api.json_bodies import JSONRoute
 from server.api.limits import default_tokens
-from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
+from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
 from server.api.state import AppState, State, Target, named
+from server.engine.chat_template import passed_over
 from server.engine.detokenizer import Place
 from server.engine.errors import EngineError
 from server.engine.sequence import TokenOutput
 from server.engine.token_texts import TokenTexts
 
-router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
+router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS, route_class=JSONRoute)
 DEFAULT_COMPLETION_TOKENS, MAX_DEFAULT_CHAT_TOKENS = 16, 512
 PLACEHOLDERS = ("dummy", "tgi")  # what clients made for TGI send where the URL alone names the model
 DONE = "data: [DONE]\n\n"
@@ -63,23 +65,27 @@ class Reply:
 async def completions(
     request: Request, state: State, caller: Asking, body: CompletionRequest, session: Session = None
 ) -> Response:
-    """OpenAI's completions; `n`, `logprobs`, `stream`, `stream_options.include_usage`."""
+    """OpenAI's completions; `n`, `logprobs`, `stream`, `stream_options`. The text goes to the model as it stands, as
+    prefixes are trained. As OpenAI's, it is sampled at temperature 1 unless the request or the model's generation
+    config says otherwise; `/generate` is greedy: `"temperature": 0` gives its answer here."""
     target = await _target(state, caller, body.model, session)
     limit = default_tokens(caller.tenant.limits, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
     with await admit(state, caller, target, len(body.text.encode()), body.n or 1, limit) as bill:
-        return await _answer(request, state, body, body.text, limit, body.logprobs, "text_completion", bill)
+        return await _answer(request, state, body, body.text, limit, body.num_top_logprobs, "text_completion", bill)
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation", responses=also(EventStream.media_type))
 async def chat_completions(
     request: Request, state: State, caller: Asking, body: ChatRequest, session: Session = None
 ) -> Response:
-    """OpenAI's chat, through the model's chat template."""
+    """OpenAI's chat. The messages become one text through the model's chat template. A prefix that was trained on text
+    without the template answers otherwise behind it: ask such a task with `/v1/completions` or `/generate`. Sampled at
+    temperature 1 unless the request or the model's generation config says otherwise."""
     target = await _target(state, caller, body.model, session)
     messages = [message.as_template_input() for message in body.messages]
     given = body.max_completion_tokens or body.max_tokens
     limit = default_tokens(caller.tenant.limits, given, MAX_DEFAULT_CHAT_TOKENS)
-    num_bytes = sum(len(message["content"].encode()) for message in messages)
+    num_bytes = sum(len(message.text.encode()) for message in body.messages)
     with await admit(state, caller, target, num_bytes, body.n or 1, limit) as bill:
         prompt = await state.engine.tokenising(partial(_template, state, messages))
         if given is None:
@@ -132,14 +138,20 @@ async def _target(state: AppState, caller: Caller, name: str, session: str | Non
         raise RequestError(404, f"the model {name[:140]!r} does not exist", "model") from error
 
 
-def _template(state: AppState, messages: list[dict[str, str]]) -> list[int]:
+def _template(state: AppState, messages: list[dict[str, Any]]) -> list[int]:
     tokenizer = state.engine.tokenizer
     if not tokenizer.chat_template:
         raise RequestError(422, "the model has no chat template; use /v1/completions")
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = render(messages)
     except Exception as error:  # a template raises what it likes for a conversation that it does not know
         raise RequestError(422, f"the model's chat template refuses these messages: {error}", "messages") from error
+    if field := passed_over(render, messages, text):
+        raise RequestError(422, f"{field} has no place in the model's chat template", field)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -154,7 +166,8 @@ async def _answer(
     bill: Bill,
 ) -> Response:
     target = bill.target
-    check_least("min_tokens", body.min_tokens, "max_tokens", max_new_tokens)
+    is_new_name = isinstance(body, ChatRequest) and body.max_completion_tokens is not None
+    check_least("min_tokens", body.min_tokens, "max_completion_tokens" if is_new_name else "max_tokens", max_new_tokens)
     defaults = state.defaults
     params = [body.sampling_params(max_new_tokens, num_top_logprobs, i, defaults) for i in range(body.n or 1)]
     answers = await start_answers(state, request, prompt, params, bill)
@@ -162,8 +175,8 @@ async def _answer(
     texts = TokenTexts(state.engine.tokenizer)
     reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), texts)
     if body.stream:
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(reply, answers, with_usage), answers, answer_headers(bill, answers[0].stream))
+        events = _events(reply, answers, body.stream_options or StreamOptions())
+        return EventStream(events, answers, answer_headers(bill, answers[0].stream))
     try:
         finished = await while_connected(request, _finish_all(answers))
     finally:
@@ -180,16 +193,15 @@ async def _answer(
         else:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         choices.append(choice)
-    return JSONResponse(
-        {**reply.body(choices), "usage": _usage(answers)}, headers=answer_headers(bill, answers[0].stream)
-    )
+    usage = _usage(answers, sum(map(len, finished)))
+    return JSONResponse({**reply.body(choices), "usage": usage}, headers=answer_headers(bill, answers[0].stream))
 
 
 async def _finish_all(answers: list[Answer]) -> list[list[TokenOutput]]:
     return [await answer.finish() for answer in answers]
 
 
-async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> AsyncIterator[str]:
+async def _events(reply: Reply, answers: list[Answer], options: StreamOptions) -> AsyncIterator[str]:
     merged: asyncio.Queue[tuple[int, TokenOutput | EngineError]] = asyncio.Queue()
     is_chat = reply.kind == "chat.completion"
 
@@ -201,7 +213,9 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
             merged.put_nowait((index, error))
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
-        usage = {"usage": None} if with_usage else {}
+        usage: dict[str, Any] = {"usage": None} if options.include_usage else {}
+        if options.continuous_usage_stats:
+            usage = {"usage": _usage(answers, num_read)}
         return f"data: {json.dumps({**reply.body(choices, is_chunk=True), **usage, **more})}\n\n"
 
     def choice(index: int, text: str, reason: str | None, logprobs: Any, **delta: str) -> dict[str, Any]:
@@ -210,6 +224,7 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
 
     pumps = [asyncio.create_task(pump(i, answer)) for i, answer in enumerate(answers)]
     num_running = len(answers)
+    num_read = 0  # tokens of all answers
     texts = [""] * len(answers)
     unsent: list[list[TokenOutput]] = [[] for _ in answers]  # log-probabilities wait for the text of their token
     try:
@@ -221,6 +236,7 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
             if isinstance(output, EngineError):
                 yield f"data: {json.dumps({'error': openai_error(status_of(output), str(output))})}\n\n"
                 return
+            num_read += 1
             num_running -= output.finish_reason is not None
             reason = _reason(output) if output.finish_reason else None
             logprobs = None
@@ -232,8 +248,8 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
                 logprobs = _logprobs(reply, waiting[:num_sent], texts[index]) if num_sent else None
             if output.text or logprobs or reason:
                 yield chunk([choice(index, output.text, reason, logprobs)])
-        if with_usage:
-            yield chunk([], usage=_usage(answers))
+        if options.include_usage:
+            yield chunk([], usage=_usage(answers, num_read))
         yield DONE
     finally:
         for task in pumps:
@@ -250,9 +266,9 @@ def _reason(output: TokenOutput) -> str:
     return "length" if output.finish_reason == "length" else "stop"
 
 
-def _usage(answers: list[Answer]) -> dict[str, Any]:
+def _usage(answers: list[Answer], generated: int) -> dict[str, Any]:
+    """With `generated` tokens of all answers."""
     prompt = answers[0].stream.num_prompt_tokens
-    generated = sum(answer.stream.num_generated_tokens for answer in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,

@@ -14,8 +14,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prefix_store.errors import UnavailableError
 from server.api.auth import Asking
 from server.api.errors import PROBLEMS, RequestError
-from server.api.schemas import MAX_STOPS
 from server.api.state import State
+from server.api.wire import MAX_STOPS
 
 router = APIRouter(tags=["ops"], responses=PROBLEMS)
 

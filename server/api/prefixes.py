@@ -12,6 +12,7 @@ from prefix_store.task import Task
 from server.api.auth import Asking, Caller
 from server.api.bases import AcceptBase, BaseFingerprint
 from server.api.errors import PROBLEMS
+from server.api.json_bodies import JSONRoute
 from server.api.listing import tasks_of
 from server.api.manifests import described, task_response, version_response
 from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
@@ -19,7 +20,7 @@ from server.api.schemas import ActivateRequest, ShareRequest
 from server.api.state import AppState, State, full_name
 from server.api.task_paths import OwnTask, TaskPath
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS)
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], responses=PROBLEMS, route_class=JSONRoute)
 
 
 @router.get("", summary="List tasks by name")

@@ -5,63 +5,36 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, StrictInt, StringConstraints, model_validator
 
+from prefix_store.bounded_json import shown
 from prefix_store.ensemble import MAX_MEMBERS, Rule
+from server.api.chat_messages import ChatMessage
+from server.api.wire import (
+    MAX_CHOICES,
+    MAX_PROMPTS,
+    NUMBER,
+    LeastTokens,
+    Name,
+    NumTokens,
+    Seed,
+    Share,
+    Stops,
+    StopText,
+    Text,
+    VersionNumber,
+    VersionText,
+    WireModel,
+    refuse,
+    wrong_field,
+)
 from server.engine.generation_defaults import GenerationDefaults
 from server.engine.sampling_params import SamplingParams
 
-Text = Annotated[str, StringConstraints(max_length=2**22)]  # a bound makes pydantic refuse lone surrogates
-Name = Annotated[str, StringConstraints(max_length=512)]
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-MAX_STOPS = 16
-Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]
-NumTokens = Annotated[int, Field(ge=1, lt=2**31)]  # how many fit is the context's business
-VersionNumber = Annotated[int, Field(ge=1, lt=10**9)]
-VersionText = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-MAX_CHOICES = 16
 DEFAULT_NEW_TOKENS = 128  # TGI's
 MAX_PARTS = 32  # of a composition
 MAX_MODEL_LENGTH = MAX_PARTS * 195  # an owner, /, a name, @, a digest, a comma
-MAX_PROMPTS = 1000
-MAX_FIELDS = 64
-UNSUPPORTED = "unsupported"
-LeastTokens = Annotated[int, Field(ge=0, lt=2**31)]
 T = TypeVar("T")
-
-
-class WireModel(BaseModel):
-    """Every text, list and number of a model has a bound: what is refused must cost little."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bound_fields(cls, values: Any) -> Any:
-        """An error is made for each unknown field, of a few million too."""
-        if isinstance(values, dict) and len(values) > MAX_FIELDS:
-            raise PydanticCustomError(
-                "too_many_fields", "expected <= {most} fields, got {got}", {"most": MAX_FIELDS, "got": len(values)}
-            )
-        return values
-
-
-def refuse(values: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
-    """Refuse fields that are not served and have another value than null or a neutral one."""
-    if isinstance(values, dict):
-        for name, allowed in neutral.items():
-            value = values.get(name)
-            if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
-                got = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(str(value)[:60])
-                raise PydanticCustomError(
-                    UNSUPPORTED,
-                    "{field} is not supported by this server, got {value}",
-                    {"field": name, "value": got},
-                )
-        return {name: value for name, value in values.items() if name not in neutral}
-    return values
 
 
 def _either(given: T | None, default: T) -> T:
@@ -73,12 +46,14 @@ class GenerateParameters(WireModel):
 
     max_new_tokens: NumTokens | None = None
     min_new_tokens: LeastTokens | None = None
-    do_sample: bool | None = None
-    temperature: float | None = Field(None, gt=0, le=100)
-    top_k: int | None = Field(None, ge=0, lt=2**31)
-    top_p: float | None = Field(None, gt=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    do_sample: bool | None = Field(
+        None, description="None: only if temperature, top_k or top_p is given; else each token is the most likely one."
+    )
+    temperature: Annotated[float, Field(gt=0, le=100), NUMBER] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31), NUMBER] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1), NUMBER] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100), NUMBER] | None = None
     seed: Seed | None = None
     stop: Stops | None = None
     return_full_text: bool | None = None
@@ -90,6 +65,8 @@ class GenerateParameters(WireModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unserved(cls, values: Any) -> Any:
+        typical_p = values.get("typical_p") if isinstance(values, dict) and values.get("do_sample") is False else None
+        is_idle = isinstance(typical_p, float) and 0 < typical_p < 1  # it only chooses among what is sampled
         return refuse(
             values,
             {
@@ -99,7 +76,7 @@ class GenerateParameters(WireModel):
                 "grammar": (),
                 "top_n_tokens": (0,),
                 "truncate": (),
-                "typical_p": (1, 1.0),
+                "typical_p": (1, 1.0, typical_p) if is_idle else (1, 1.0),
                 "watermark": (False,),
                 "response_format": (),
                 "constrain": (),
@@ -149,27 +126,37 @@ class GenerateRequest(WireModel):
 
 
 class StreamOptions(WireModel):
-    include_usage: bool | None = None
+    include_usage: bool | None = Field(None, description="A last chunk without choices has the request's usage.")
+    continuous_usage_stats: bool | None = Field(None, description="Every chunk has the usage up to it, as in vLLM.")
     include_obfuscation: bool | None = None
 
 
 class OpenAIRequest(WireModel):
-    """What completions and chat share. Sampling is on unless `temperature` is 0."""
+    """What completions and chat share. Sampling is on unless `temperature` or `top_p` is 0."""
 
     model: str = Field(min_length=1, max_length=MAX_MODEL_LENGTH)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: Annotated[float, Field(ge=0, le=2), NUMBER] | None = Field(
+        None,
+        description="0: the most likely token, as `/generate` answers. None: the model's own value, else 1, so the "
+        "answer is sampled.",
+    )
+    top_p: Share | None = Field(None, description="0: the most likely token.")
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), NUMBER] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100), NUMBER] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), NUMBER] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), NUMBER] | None = None
     stop: StopText | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     min_tokens: LeastTokens | None = None
     user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    metadata: Annotated[dict[Name, Name], Field(max_length=16)] | None = Field(
+        None, description="Taken and not kept: no answer is stored."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -184,18 +171,18 @@ class OpenAIRequest(WireModel):
                 "echo": (False,),
                 "suffix": ("",),
                 "tools": ([],),
-                "tool_choice": ("none",),
+                "tool_choice": ("none", "auto"),  # without tools there is no choice
                 "response_format": ({"type": "text"},),
-                "parallel_tool_calls": (),
-                "functions": (),
-                "function_call": (),
+                "parallel_tool_calls": (True, False),
+                "functions": ([],),
+                "function_call": ("none", "auto"),
                 "modalities": (["text"],),
                 "audio": (),
                 "prediction": (),
-                "reasoning_effort": (),
+                "prompt_cache_retention": (),
+                "reasoning_effort": ("none",),
                 "service_tier": ("auto", "default"),
                 "store": (False,),
-                "metadata": ({},),
                 "web_search_options": (),
                 "verbosity": (),
             },
@@ -205,7 +192,7 @@ class OpenAIRequest(WireModel):
         self, max_new_tokens: int, num_top_logprobs: int | None, choice: int, defaults: GenerationDefaults
     ) -> SamplingParams:
         """`defaults` hold where the request says nothing. Their stop strings are cut off as a request's are."""
-        do_sample = self.temperature != 0
+        do_sample = self.temperature != 0 and self.top_p != 0
         seed = secrets.randbits(62) if self.seed is None else self.seed
         stop_strings = defaults.stop_strings if self.stop is None else None
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -214,7 +201,7 @@ class OpenAIRequest(WireModel):
             do_sample=do_sample,
             temperature=_either(self.temperature or None, defaults.temperature),
             top_k=max(_either(self.top_k, defaults.top_k), 0),
-            top_p=_either(self.top_p, defaults.top_p),
+            top_p=_either(self.top_p or None, defaults.top_p),
             min_p=_either(self.min_p, defaults.min_p),
             repetition_penalty=_either(self.repetition_penalty, defaults.repetition_penalty),
             min_new_tokens=_either(self.min_tokens, defaults.min_new_tokens),
@@ -236,33 +223,26 @@ class CompletionRequest(OpenAIRequest):
     )
     prompt: Text | Annotated[list[Text], Field(max_length=MAX_PROMPTS)]
     max_tokens: NumTokens | None = None
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: Annotated[int, Field(ge=0, le=5), NUMBER] | Literal[False] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_chats(cls, values: Any) -> Any:
+        return refuse(values, {"top_logprobs": (0,)})
 
     @model_validator(mode="after")
     def _one_prompt(self) -> CompletionRequest:
         if isinstance(self.prompt, list) and len(self.prompt) != 1:
-            raise ValueError(f"prompt must be one text, got a list of {len(self.prompt)}")
+            raise wrong_field("prompt", f"must be one text, got a list of {len(self.prompt)}")
         return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return None if self.logprobs is False else self.logprobs
 
     @property
     def text(self) -> str:
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
-
-
-class TextPart(WireModel):
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(WireModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PROMPTS)]
-    name: Name | None = None
-
-    def as_template_input(self) -> dict[str, str]:
-        parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(OpenAIRequest):
@@ -273,16 +253,21 @@ class ChatRequest(OpenAIRequest):
             "examples": [{"model": "films", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}]
         }
     )
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    messages: list[ChatMessage] = Field(
+        min_length=1,
+        max_length=1000,
+        description="They become text through the model's chat template. A prefix that was trained on text without it "
+        "answers otherwise behind it: ask such a task with `/v1/completions` or `/generate`.",
+    )
     max_tokens: NumTokens | None = None
     max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Annotated[int, Field(ge=0, le=20), NUMBER] | None = None
 
     @model_validator(mode="after")
     def _logprobs_first(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
+        if self.top_logprobs and not self.logprobs:
+            raise wrong_field("top_logprobs", f"needs logprobs to be true, got {shown(self.logprobs)}")
         return self
 
 
@@ -301,7 +286,7 @@ class ActivateRequest(WireModel):
     @model_validator(mode="after")
     def _one_of_both(self) -> ActivateRequest:
         if (self.version is None) == (self.weights is None):
-            raise ValueError("expected version or weights, got " + ("both" if self.weights else "neither"))
+            raise wrong_field("version", "or weights must be given, got " + ("both" if self.weights else "neither"))
         return self
 
 

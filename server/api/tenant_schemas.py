@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictInt, StringConstraints
 
-from server.api.schemas import WireModel
+from server.api.wire import NUMBER, WireModel
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 
@@ -14,7 +14,7 @@ Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 class LimitsModel(WireModel):
     """A tenant's limits; null is without one. Sizes are bytes. `weight` is the tenant's share beside others'."""
 
-    weight: float = Field(1.0, ge=0.01, le=1000)
+    weight: Annotated[float, Field(ge=0.01, le=1000), NUMBER] = 1.0
     requests_per_minute: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
     tokens_per_minute: Annotated[StrictInt, Field(ge=1, lt=2**53)] | None = None
     uploads_per_minute: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
@@ -46,6 +46,6 @@ class KeyRequest(WireModel):
         None, min_length=1, max_length=6
     )
     tasks: list[Annotated[str, StringConstraints(min_length=1, max_length=64)]] | None = Field(None, max_length=32)
-    expires_in_s: float | None = Field(None, gt=0, le=10 * 366 * 86400)
+    expires_in_s: Annotated[float, Field(gt=0, le=10 * 366 * 86400), NUMBER] | None = None
     replaces: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12}$")] | None = None
-    overlap_s: float = Field(0, ge=0, le=366 * 86400)
+    overlap_s: Annotated[float, Field(ge=0, le=366 * 86400), NUMBER] = 0

@@ -16,10 +16,11 @@ from prefix_store.errors import NotFoundError
 from prefix_store.tenants import OPERATOR_SCOPES, SCOPES, Key, Limits, Tenant, known_tenant, new_key, new_tenant
 from server.api.auth import Asking, Caller
 from server.api.errors import PROBLEMS, RequestError, also
+from server.api.json_bodies import JSONRoute
 from server.api.state import AppState, State
 from server.api.tenant_schemas import KeyRequest, LimitsModel, TenantRequest
 
-router = APIRouter(prefix="/v1/tenants", tags=["tenants"], responses=PROBLEMS)
+router = APIRouter(prefix="/v1/tenants", tags=["tenants"], responses=PROBLEMS, route_class=JSONRoute)
 NOT_STORED = {"Cache-Control": "no-store"}  # answers with a key's text
 
 

@@ -18,6 +18,7 @@ from prefix_store.task_changes import Published
 from server.api.auth import Asking, check_again
 from server.api.bases import AcceptBase, BaseFingerprint
 from server.api.errors import PROBLEMS, RequestError, also
+from server.api.json_bodies import read_body
 from server.api.manifests import manifest
 from server.api.preconditions import IfMatch, IfNoneMatch, precondition_of
 from server.api.schemas import EXAMPLE_ENSEMBLE, EnsembleRequest
@@ -163,10 +164,11 @@ def _content_type(request: Request) -> str:
 
 
 def _ensemble(body: bytes) -> EnsembleRequest:
+    given = read_body(body)
     try:
-        return EnsembleRequest.model_validate_json(body)
+        return EnsembleRequest.model_validate(given)
     except ValidationError as error:
-        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
+        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()], body=given) from error
 
 
 async def _parts(request: Request) -> tuple[bytes, bytes]:

@@ -209,6 +209,15 @@ def test_what_the_client_of_lorax_always_sends_is_taken(served: Served, films: s
     assert answer.json() == served.generate(PROMPT, films, max_new_tokens=4).json()
 
 
+def test_typical_p_is_taken_where_nothing_is_sampled(served: Served) -> None:
+    greedy = served.generate(PROMPT, max_new_tokens=4).json()
+    assert served.generate(PROMPT, max_new_tokens=4, do_sample=False, typical_p=0.95, top_p=0.95).json() == greedy
+    for fields in ({"do_sample": True}, {"do_sample": None}, {"do_sample": False, "typical_p": 1.5}):
+        refused = served.generate(PROMPT, max_new_tokens=4, **{"typical_p": 0.95} | fields)
+        assert refused.status_code == 422
+        assert "typical_p" in refused.json()["error"]
+
+
 def test_raw_and_the_largest_seed_are_taken(served: Served) -> None:
     assert served.generate(PROMPT, max_new_tokens=2, raw=True).status_code == 200
     for seed in (0, 2**63, 2**64 - 1):

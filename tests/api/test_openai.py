@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
 import pytest
 
+from server.api.schemas import ChatRequest, CompletionRequest
 from tests.conftest import NAME, Served, native
 
 PROMPT = "A fine film."
@@ -68,6 +70,41 @@ def test_stream_joins_to_the_whole_answer_for_every_choice(served: Served, films
             whole["choices"][index]["finish_reason"]
         ]
     assert all(chunk["usage"] is None for chunk in found)
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+@pytest.mark.parametrize("include_usage", [True, False])
+def test_continuous_usage_counts_up_to_each_chunk(served: Served, ask: Any, include_usage: bool) -> None:
+    fields = {"temperature": 1.0, "seed": 5, "n": 2, "max_tokens": 20}
+    whole = ask(served, **fields).json()["usage"]
+    options = {"include_usage": include_usage, "continuous_usage_stats": True}
+    found = chunks(ask(served, **fields, stream=True, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in found]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 5
+    assert {chunk["usage"]["prompt_tokens"] for chunk in found} == {whole["prompt_tokens"]}
+    assert all(
+        chunk["usage"]["total_tokens"] == whole["prompt_tokens"] + n for chunk, n in zip(found, counts, strict=True)
+    )
+    assert found[-1]["usage"]["completion_tokens"] == whole["completion_tokens"]
+    assert [chunk["choices"] for chunk in found].count([]) == include_usage
+    unstreamed = ask(served, **fields, stream_options=options).json()["usage"]
+    assert unstreamed["completion_tokens"] == whole["completion_tokens"]
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+@pytest.mark.parametrize("stream", [True, False])
+def test_min_tokens_holds_on_both_routes_streamed_or_not(served: Served, ask: Any, stream: bool) -> None:
+    def num_tokens(**fields: object) -> int:
+        answer = ask(served, **fields, stream=stream, stream_options={"include_usage": True})
+        usage = chunks(answer)[-1]["usage"] if stream else answer.json()["usage"]
+        return int(usage["completion_tokens"])
+
+    hot = {"temperature": 2.0, "max_tokens": 200}
+    short = next(seed for seed in range(50) if num_tokens(**hot, seed=seed) < 150)
+    assert num_tokens(**hot, seed=short, min_tokens=150) >= 150
+    assert num_tokens(**hot, seed=short, min_tokens=None) < 150
+    assert num_tokens(**hot, seed=short, min_tokens=200) == 200
 
 
 def test_stop_is_left_out(served: Served) -> None:
@@ -186,7 +223,7 @@ def test_unknown_model_is_not_found(served: Served, films: str, ask: Any, model:
         (chat, "response_format", {"type": "json_object"}),
         (chat, "top_logprobs", 2),
         (chat, "messages", []),
-        (chat, "messages", [{"role": "tool", "content": "x"}]),
+        (chat, "messages", [{"role": "function", "content": "x"}]),
         (chat, "messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
     ],
 )
@@ -197,13 +234,59 @@ def test_field_is_refused_by_name(served: Served, ask: Any, name: str, value: ob
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
     assert name in error["message"]
-    assert error["param"] is None or error["param"].partition(".")[0] == name
+    assert error["param"] is None or re.split(r"[.\[]", error["param"])[0] == name
 
 
 def test_unserved_field_is_the_errors_param(served: Served) -> None:
     assert complete(served, echo=True).json()["error"]["param"] == "echo"
     assert complete(served, max_tokens=0).json()["error"]["param"] == "max_tokens"
     assert complete(served, model="nothing").json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_zero_top_p_or_temperature_is_the_most_likely_token(served: Served, ask: Any) -> None:
+    greedy = ask(served).json()["choices"]
+    for fields in ({"top_p": 0, "temperature": 2}, {"top_p": 0.0, "temperature": None}, {"top_p": None, "seed": -7}):
+        assert ask(served, **fields).json()["choices"] == greedy
+
+
+def test_no_log_probabilities_may_be_said_as_false(served: Served) -> None:
+    for fields in ({"logprobs": False}, {"logprobs": None}, {"top_logprobs": 0}, {"top_logprobs": None}):
+        assert complete(served, **fields).json()["choices"][0]["logprobs"] is None
+        assert chat(served, **fields).json()["choices"][0]["logprobs"] is None
+    assert chat(served, logprobs=False, top_logprobs=0).status_code == 200
+    assert complete(served, logprobs=0).json()["choices"][0]["logprobs"] is not None
+    for ask, fields in ((complete, {"logprobs": True}), (complete, {"top_logprobs": 2}), (chat, {"logprobs": 3})):
+        error = ask(served, **fields).json()["error"]
+        assert error["param"] == next(iter(fields))
+        assert error["param"] in error["message"]
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_every_optional_field_may_be_null(served: Served, ask: Any) -> None:
+    model = ChatRequest if ask is chat else CompletionRequest
+    optional = [name for name, field in model.model_fields.items() if not field.is_required()]
+    unserved = ["frequency_penalty", "presence_penalty", "logit_bias", "tools", "tool_choice", "response_format"]
+    unserved += ["functions", "function_call", "modalities", "audio", "prediction", "reasoning_effort", "service_tier"]
+    unserved += ["store", "web_search_options", "verbosity", "best_of", "parallel_tool_calls", "prompt_cache_retention"]
+    assert ask(served, **dict.fromkeys(optional + unserved)).status_code == 200
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_what_asks_for_nothing_more_is_taken(served: Served, ask: Any) -> None:
+    plain = ask(served).json()["choices"]
+    fields: list[dict[str, object]] = [{"metadata": {"team": "a"}}, {"metadata": {}}, {"store": False}]
+    fields += [{"service_tier": "auto"}, {"service_tier": "default"}, {"user": "u"}, {"safety_identifier": "u"}]
+    fields += [{"prompt_cache_key": "k"}, {"parallel_tool_calls": True}, {"parallel_tool_calls": False}]
+    fields += [{"tools": [], "tool_choice": "none"}, {"tools": [], "tool_choice": "auto"}, {"functions": []}]
+    fields += [{"response_format": {"type": "text"}}, {"n": 1}, {"best_of": 1}, {"logit_bias": {}}, {"seed": -1}]
+    for one in fields:
+        assert ask(served, **one).json()["choices"] == plain, one
+    refused: list[dict[str, object]] = [{"store": True}, {"service_tier": "flex"}, {"tool_choice": "required"}]
+    refused += [{"metadata": {"k": 1}}, {"metadata": {str(i): "v" for i in range(17)}}, {"functions": [{"name": "f"}]}]
+    for one in refused:
+        error = ask(served, **one).json()["error"]
+        assert error["message"].startswith(next(iter(one))), error
 
 
 def test_neutral_values_are_accepted(served: Served) -> None:
@@ -236,3 +319,17 @@ def test_models_lists_the_base_model_and_the_tasks(served: Served, films: str) -
     )
     missing = served.http.get("/v1/models/nothing")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_the_openapi_page_says_which_routes_sample_and_what_the_template_changes(served: Served) -> None:
+    page = served.http.get("/openapi.json").json()
+    said = {path: page["paths"][path]["post"]["description"] for path in ("/generate", "/v1/completions")}
+    said |= {"chat": page["paths"]["/v1/chat/completions"]["post"]["description"]}
+    assert "Greedy" in said["/generate"]
+    assert "sampled at temperature 1" in " ".join(said["/v1/completions"].split())
+    assert "temperature 1" in said["chat"]
+    assert "chat template" in said["chat"]
+    schemas = page["components"]["schemas"]
+    for name in ("CompletionRequest", "ChatRequest"):
+        assert "sampled" in schemas[name]["properties"]["temperature"]["description"]
+    assert "template" in schemas["ChatRequest"]["properties"]["messages"]["description"]
