@@ -37,6 +37,7 @@ from server.engine.checked_model import checked_model
 from server.engine.cpu_kernels import load_kernels
 from server.engine.engine import Engine
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes, split_pool
+from server.engine.model_config import reason_of
 from server.engine.model_runner import ModelRunner, native_dtype
 from server.engine.threads import use_one_thread, workers
 from server.engine.token_texts import TokenTexts, special_token_ids
@@ -121,13 +122,14 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
 def load_tokenizer(path: Path) -> Any:
     """The model's tokenizer. Raises StartError for one that cannot be loaded or has no text."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a")
         decode = TokenTexts(tokenizer).decode
         has_text = any(decode([token_id]).strip() for token_id in range(len(tokenizer)))
     except Exception as error:  # whatever its files, or a package that it needs, give rise to
-        reason = " ".join(str(error).split())[:300]
-        raise StartError(f"expected a tokenizer in the model's folder {path}, it cannot be loaded: {reason}") from error
+        raise StartError(
+            f"expected a tokenizer in the model's folder {path}, it cannot be loaded: {reason_of(error)}"
+        ) from error
     if not has_text:
         raise StartError(f"expected a tokenizer's files in the model's folder {path}, found none")
     return tokenizer
