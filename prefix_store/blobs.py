@@ -16,6 +16,7 @@ import fsspec
 
 from prefix_store.errors import DamagedBlobError, PrefixStoreError, StorageFullError, UnavailableError
 from prefix_store.native_format import digest_of
+from prefix_store.private_files import create, make_folder
 from prefix_store.tenants import DEFAULT_TENANT, is_tenant_name
 
 SUFFIX = ".safetensors"
@@ -44,7 +45,7 @@ class Blobs:
             self._root = str(found).rstrip("/")
             names = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol
             self._is_local = "file" in names
-            self._fs.makedirs(self._root, exist_ok=True)
+            self._make_folder(self._root)
             self._move_untenanted()
 
     def put(self, tenant: str, body: bytes) -> str:
@@ -57,9 +58,9 @@ class Blobs:
             if self._fs.exists(path):
                 return digest
             try:
-                self._fs.makedirs(parent, exist_ok=True)
+                self._make_folder(parent)
                 if self._is_local:
-                    with open(temporary, "xb") as file:
+                    with create(temporary) as file:
                         file.write(body)
                         file.flush()
                         os.fsync(file.fileno())
@@ -133,6 +134,12 @@ class Blobs:
         assert is_tenant_name(tenant), "names are checked where they come in"
         return f"{self._root}/{tenant}/{digest[:2]}/{digest}{SUFFIX}"
 
+    def _make_folder(self, folder: str) -> None:
+        if self._is_local:
+            make_folder(Path(folder))
+        else:
+            self._fs.makedirs(folder, exist_ok=True)
+
     def _move_untenanted(self) -> None:
         for folder in self._listed(self._root):
             if not FOLDER.fullmatch(str(folder["name"]).rstrip("/").rsplit("/", 1)[-1]):
@@ -142,7 +149,7 @@ class Blobs:
                 if entry["type"] != "file" or not name.endswith(SUFFIX):
                     continue
                 path = self._path(DEFAULT_TENANT, name.removesuffix(SUFFIX))
-                self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                self._make_folder(path.rsplit("/", 1)[0])
                 with suppress(FileNotFoundError):  # another replica opens as well
                     if self._is_local:
                         os.replace(entry["name"], path)

@@ -20,9 +20,14 @@ ROOT = 0
 
 def make_folder(path: Path) -> None:
     """Make `path` and the folders above it that are missing, for this user alone. Raises OSError."""
-    for folder in (*reversed(path.parents), path):
-        with suppress(FileExistsError):
-            folder.mkdir(FOLDER_MODE)
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    try:
+        path.mkdir(FOLDER_MODE)
+    except FileExistsError:  # by another process meanwhile, or a file is in the way
+        if not path.is_dir():
+            raise
 
 
 def make_file(path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from prefix_store.documents import read_content, write_task
 from prefix_store.entries import entries_of
 from prefix_store.errors import ConflictError, StorageFullError, UnavailableError
+from prefix_store.private_files import make_file, make_folder
 from prefix_store.task import Task, Version
 from prefix_store.usage import COUNTS, FLOAT_COUNT
 
@@ -61,12 +62,14 @@ class SqliteFile:
     """
 
     def __init__(self, path: Path, *, is_durable: bool = True) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._path = path
         self._synchronous = "FULL" if is_durable else "NORMAL"
         self._writing = threading.Lock()
         self._readers = threading.local()
         self._connections: list[sqlite3.Connection] = []
+        with suppress(OSError):  # SQLite says better what is wrong with this place
+            make_file(path)  # and SQLite makes the files beside it with the same mode
         with _named(path):
             self._writer = self._connect()
         with self.transaction() as db:
@@ -119,6 +122,18 @@ class SqliteFile:
         db.execute(f"PRAGMA synchronous = {self._synchronous}")
         self._connections.append(db)
         return db
+
+
+def has_tables(path: Path) -> bool:
+    """Whether the file has a registry's tables, or cannot be read as SQLite: opening it says why. It is not changed."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            tables = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name IN ('task_documents', 'tasks')"
+            return db.execute(tables).fetchone() is not None
+    except sqlite3.Error:
+        return True
 
 
 def put_task(db: sqlite3.Connection, task: Task) -> None:

@@ -15,7 +15,7 @@ from prefix_store.draft import Draft, Stored, Write
 from prefix_store.entries import FILES, PINNED, file_entry, shared_entry
 from prefix_store.registry import NewFile, Registry
 from prefix_store.sqlite_accounts import SqliteAccounts, put_audit
-from prefix_store.sqlite_file import SqliteFile, put_task
+from prefix_store.sqlite_file import SqliteFile, has_tables, put_task
 from prefix_store.task import EVERYONE, Task
 
 T = TypeVar("T")
@@ -30,6 +30,11 @@ class SqliteRegistry(SqliteAccounts, Registry):
 
     def __init__(self, path: Path, *, is_durable: bool = True) -> None:
         super().__init__(SqliteFile(path, is_durable=is_durable))
+
+    @staticmethod
+    def is_there(path: Path) -> bool:
+        """Whether `path` is a registry, or one that is damaged: not another SQLite file, nor an empty one."""
+        return has_tables(path)
 
     def change(
         self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER

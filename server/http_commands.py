@@ -11,6 +11,7 @@ import typer
 
 from server.client import Client
 from server.options import LOCAL, AcceptBase, ApiKey, AsJson, Index, ModelOption, Url, option, settings_of
+from server.preflight import check_model
 from server.terminal import fail, plain_errors, print_json, print_table, show, upload_bar
 
 app = typer.Typer()
@@ -47,9 +48,10 @@ def push(
             return
         uploads = _uploads(task, path, index, every)
         if dry_run:
+            settings = settings_of(model)
+            check_model(settings.model)
             from server.inspection import inspect
 
-            settings = settings_of(model)
             found = [
                 {"task": name, "dry_run": True} | asdict(inspect(path, settings, i, accept_base=accept_base, task=name))
                 for name, i in uploads
@@ -82,11 +84,13 @@ def _show_pushed(manifest: dict[str, Any]) -> None:
 
 def _uploads(task: str, path: Path, index: int | None, every: bool) -> list[tuple[str, int | None]]:
     """Tasks and the indexes of their artefacts in the file."""
-    from prefix_store.local_files import count_tasks
-
     if not path.exists():
         fail(f"expected a PEFT folder, a .safetensors file or an ensemble (.json), found nothing at {path}")
-    num_tasks = count_tasks(path) if every else 1
+    num_tasks = 1
+    if every:
+        from prefix_store.local_files import count_tasks  # torch takes seconds
+
+        num_tasks = count_tasks(path)
     return [(task, index)] if num_tasks == 1 else [(f"{task}-{i}", i) for i in range(num_tasks)]
 
 

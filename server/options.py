@@ -25,6 +25,7 @@ Index = Annotated[int | None, option("index", "One task of a multitask file.")]
 AcceptBase = Annotated[bool, option("accept-base", "Although it names another base model.")]
 DataDir = Annotated[Path | None, option("data-dir", "The server's.")]
 RedisUrl = Annotated[str | None, option("redis-url", "The registry that replicas share; none: in --data-dir.")]
+Create = Annotated[bool, option("create", "Make the registry where there is none yet.")]
 
 
 def settings_of(model: str | None, max_virtual_tokens: int | None = None) -> Settings:

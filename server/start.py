@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import sys
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,13 @@ from prefix_store.registry import Registry
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from prefix_store.tenants import DEFAULT_TENANT
-from server.api.app import serve
-from server.api.auth import KeyRing, read_operator_key
+from server.api.app import serve, server_config
+from server.api.auth import KeyRing
 from server.api.limits import RateLimits
 from server.api.metering import Meter
 from server.api.state import AppState
 from server.config import Settings, is_loopback
+from server.data_folder import BLOBS, MIRROR, REGISTRY, serving
 from server.engine.async_engine import AsyncEngine
 from server.engine.checked_model import checked_model
 from server.engine.cpu_kernels import load_kernels
@@ -42,10 +42,17 @@ from server.engine.model_runner import ModelRunner, native_dtype
 from server.engine.threads import use_one_thread, workers
 from server.engine.token_texts import TokenTexts, special_token_ids
 from server.errors import StartError
+from server.first_request import curl_line, task_to_try
 from server.generation_config import defaults_of, read_generation_config
+from server.key_file import read_operator_key
+from server.listening import port_of
+from server.logs import adopt_loggers
 from server.metrics import Metrics
 from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint
+from server.model_folder import check_model_folder
+from server.preflight import check_keys
 from server.progress import progress_bar
+from server.registries import name_of
 
 log = structlog.get_logger()
 DEFAULT_ROW_TOKENS = 1024  # KV memory a row has on average, where `kv_bytes` is not given
@@ -54,6 +61,7 @@ DEFAULT_PREFIX_BYTES = 512 * 2**20
 
 def make_state(settings: Settings, files: ModelFiles) -> AppState:
     """Load the model of `files`, check it, and build everything on it. Raises StartError, ModelRefusedError."""
+    check_model_folder(files.path)
     try:
         device = torch.device(settings.device)
     except RuntimeError as error:
@@ -63,11 +71,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     registry = open_registry(settings)
     is_local = is_loopback(settings.host)
     keys = KeyRing(registry, read_operator_key(settings.operator_key_file), is_local=is_local)
-    if not is_local and not keys.has_keys:
-        raise StartError(
-            f"host must be a loopback address while no keys are configured, got {settings.host}; "
-            "give operator_key_file, or make a tenant with `prefixserve tenant create`"
-        )
+    check_keys(settings.host, has_keys=keys.has_keys)
     tokenizer = load_tokenizer(files.path)
     fields = read_generation_config(files.path, settings.generation_config)
     kernels = load_kernels(cache_dir() / "kernels") if device.type == "cpu" else None
@@ -93,7 +97,7 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
             f"expected {num_bytes:,} bytes of memory for kv_bytes and prefix_bytes, got: {error}"
         ) from error
     runner = ModelRunner(model, shape, kv_blocks)
-    store = PrefixStore(registry, Blobs(settings.blob_url or settings.data_dir / "blobs"), shape)
+    store = PrefixStore(registry, Blobs(settings.blob_url or settings.data_dir / BLOBS), shape)
     engine = Engine(
         runner,
         lambda ref: store.load(ref.tenant_id or DEFAULT_TENANT, ref.digest),
@@ -139,9 +143,9 @@ def open_registry(settings: Settings) -> Registry:
     """Where tasks, versions, tenants and keys are kept: a file of this server's, or what replicas share, read through a
     copy on this one's disk."""
     if settings.redis_url is None:
-        return SqliteRegistry(settings.data_dir / "registry.sqlite")
+        return SqliteRegistry(settings.data_dir / REGISTRY)
     shared = RedisRegistry(settings.redis_url)
-    mirror = Mirror(shared, settings.data_dir / "mirror.sqlite")
+    mirror = Mirror(shared, settings.data_dir / MIRROR)
     mirror.start()
     with suppress(UnavailableError):
         if losses := shared.losses():
@@ -150,9 +154,9 @@ def open_registry(settings: Settings) -> Registry:
     return mirror
 
 
-def run(settings: Settings, console: Console, examples: Path | None = None) -> None:
-    """Fetch the model if need be, load it, publish examples, and serve until a signal."""
-    _set_up_logs(settings.log_json)
+def run(settings: Settings, console: Console, sockets: list[socket.socket], examples: Path | None = None) -> None:
+    """Fetch the model if need be, load it, publish examples, and serve on `sockets` until a signal."""
+    adopt_loggers()
     with progress_bar(console) as report:
         report("looking for the model", None)
         files = fetch_model(settings.model, settings.model_revision, report)
@@ -160,19 +164,22 @@ def run(settings: Settings, console: Console, examples: Path | None = None) -> N
         state = make_state(settings, files)
     if examples is not None:
         publish_examples(state.store, examples)
-        body = json.dumps({"inputs": "A warm, funny and moving film.\nSentiment:"})
-        url = f"http://{settings.host}:{settings.port}/generate?task=films"
-        console.print("When it is ready, try:", highlight=False)
-        console.print(
-            f"curl '{url}' -H 'Content-Type: application/json' -d '{body}'",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+    config = server_config(state)
+    task = task_to_try(state.store, state.keys)
+
+    def say_ready() -> None:
+        port = port_of(sockets)
+        place = settings.data_dir if settings.redis_url is None else settings.redis_url
+        log.info("ready", model=state.model_name, host=settings.host, port=port, registry=name_of(place))
+        log.info("try", curl=curl_line(settings.host, port, config.root_path, state.keys, task))
+
     gc.freeze()  # hundreds of thousands of objects that stay: to go through them stops every stream for 0.3 s
     gc.enable()
-    asyncio.run(serve(state))
-    state.store.close()
+    try:
+        with serving(settings.data_dir):
+            asyncio.run(serve(config, state, sockets, say_ready))
+    finally:
+        state.store.close()
 
 
 def publish_examples(store: PrefixStore, folder: Path) -> None:
@@ -185,20 +192,6 @@ def publish_examples(store: PrefixStore, folder: Path) -> None:
                 store.publish(DEFAULT_TENANT, path.name, prefix, base=store.match_base(prefix), note="example")
             except (UnavailableError, StorageFullError) as error:
                 log.warning("example_not_published", task=path.name, reason=in_full(error))
-
-
-def _set_up_logs(log_json: bool) -> None:
-    renderer: Any = structlog.processors.JSONRenderer() if log_json else structlog.dev.ConsoleRenderer()
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # as it is then: a test may have swapped it
-    )
 
 
 def _pool(settings: Settings, shape: ModelShape) -> tuple[int, int]:

@@ -9,7 +9,6 @@ import re
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -28,10 +27,9 @@ from prefix_store.tenants import (
     key_digest,
 )
 from server.api.errors import RequestError
-from server.errors import StartError
+from server.api.pages import PAGES
 
-PUBLIC = ("/healthz", "/health", "/readyz")
-MIN_OPERATOR_KEY = 32  # characters
+PUBLIC = ("/healthz", "/health", "/readyz", *PAGES)
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 ANY = "any"  # whatever scope of a tenant
 GENERATING = r"/|/generate|/generate_stream|/v1/completions|/v1/chat/completions"
@@ -145,6 +143,11 @@ class KeyRing:
         """One that has expired counts until it is deleted."""
         return self._operator_digest is not None or bool(self._seen.owners)
 
+    @property
+    def has_operator(self) -> bool:
+        """Whether there is an operator's key in a file, which is not the registry's."""
+        return self._operator_digest is not None
+
     def is_last(self, tenant: Tenant) -> bool:
         """Whether the server is open without this tenant's one key."""
         owners = set(self._seen.owners.values())
@@ -182,21 +185,6 @@ class KeyRing:
         if tenant.is_suspended and "operator" not in key.scopes:
             raise RequestError(403, f"tenant {tenant.name!r} is suspended")
         return Caller(tenant, key.id, frozenset(key.scopes), key)
-
-
-def read_operator_key(path: Path | None) -> str | None:
-    """The key in a file, without the line's end. Raises StartError."""
-    if path is None:
-        return None
-    try:
-        key = path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"operator_key_file must be a file with a key, {path}: {error}") from error
-    if len(key) < MIN_OPERATOR_KEY or not key.isprintable() or " " in key:
-        raise StartError(
-            f"operator_key_file must hold one key of {MIN_OPERATOR_KEY} characters or more, {path} has {len(key)}"
-        )
-    return key
 
 
 async def caller_of(request: Request) -> Caller:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StrictInt, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from prefix_store.ensemble import MAX_MEMBERS, Rule
+from server.api.wire import WireModel
 from server.engine.generation_defaults import GenerationDefaults
 from server.engine.sampling_params import SamplingParams
 
@@ -26,26 +27,9 @@ DEFAULT_NEW_TOKENS = 128  # TGI's
 MAX_PARTS = 32  # of a composition
 MAX_MODEL_LENGTH = MAX_PARTS * 195  # an owner, /, a name, @, a digest, a comma
 MAX_PROMPTS = 1000
-MAX_FIELDS = 64
 UNSUPPORTED = "unsupported"
 LeastTokens = Annotated[int, Field(ge=0, lt=2**31)]
 T = TypeVar("T")
-
-
-class WireModel(BaseModel):
-    """Every text, list and number of a model has a bound: what is refused must cost little."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bound_fields(cls, values: Any) -> Any:
-        """An error is made for each unknown field, of a few million too."""
-        if isinstance(values, dict) and len(values) > MAX_FIELDS:
-            raise PydanticCustomError(
-                "too_many_fields", "expected <= {most} fields, got {got}", {"most": MAX_FIELDS, "got": len(values)}
-            )
-        return values
 
 
 def refuse(values: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:

@@ -176,7 +176,6 @@ class AppState:
         await self.sync_pins()
         self.metrics.watch(self.engine.stats, self.resident_bytes_by_task)
         self.is_registry_seen = True
-        log.info("ready", model=self.model_name, host=self.settings.host, port=self.settings.port)
 
     async def sync_pins(self) -> None:
         """Hold exactly the active versions of pinned tasks, of each tenant as many as it may."""

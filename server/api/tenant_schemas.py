@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictInt, StringConstraints
 
-from server.api.schemas import WireModel
+from server.api.wire import WireModel
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 

@@ -159,13 +159,20 @@ def load_model(
     config = read_config(path, revision)
     kind = model_class(config)
     try:
-        model: Any = kind.from_pretrained(
-            path, revision=revision, dtype=dtype, attn_implementation=NAME, trust_remote_code=False
+        model, loaded = kind.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=NAME,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (ValueError, KeyError) as error:  # KeyError: a family with a table of attention classes of its own
         if NAME not in str(error) and not isinstance(error, KeyError):
             raise
         raise ModelRefusedError("it has attention of its own, which cannot be replaced") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers makes up random ones
+        raise ModelRefusedError(f"expected {missing[0]!r} in the weights of {path}, {len(missing)} tensors are missing")
     if config.is_encoder_decoder:
         try:
             prepare(model)
