@@ -125,15 +125,16 @@ class SqliteFile:
 
 
 def has_tables(path: Path) -> bool:
-    """Whether the file has a registry's tables, or cannot be read as SQLite: opening it says why. It is not changed."""
+    """Whether the file has a registry's tables, or is SQLite and cannot be read: opening it says why. It is not
+    changed."""
     if not path.is_file() or not path.stat().st_size:
         return False
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             tables = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name IN ('task_documents', 'tasks')"
             return db.execute(tables).fetchone() is not None
-    except sqlite3.Error:
-        return True
+    except sqlite3.Error as error:
+        return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) != sqlite3.SQLITE_NOTADB
 
 
 def put_task(db: sqlite3.Connection, task: Task) -> None:

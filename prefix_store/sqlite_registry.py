@@ -33,7 +33,7 @@ class SqliteRegistry(SqliteAccounts, Registry):
 
     @staticmethod
     def is_there(path: Path) -> bool:
-        """Whether `path` is a registry, or one that is damaged: not another SQLite file, nor an empty one."""
+        """Whether `path` is a registry, or one that is damaged: not another file, nor an empty one."""
         return has_tables(path)
 
     def change(

@@ -62,7 +62,7 @@ def _has_keys(settings: Settings) -> bool:
     from prefix_store.sqlite_registry import SqliteRegistry
 
     if settings.redis_url is None:
-        if not SqliteRegistry.is_there(settings.data_dir / REGISTRY):
+        if not (settings.data_dir / REGISTRY).is_file():
             return False
         registry: RedisRegistry | SqliteRegistry = SqliteRegistry(settings.data_dir / REGISTRY)
     else:

@@ -171,7 +171,11 @@ def run(settings: Settings, console: Console, sockets: list[socket.socket], exam
         port = port_of(sockets)
         place = settings.data_dir if settings.redis_url is None else settings.redis_url
         log.info("ready", model=state.model_name, host=settings.host, port=port, registry=name_of(place))
-        log.info("try", curl=curl_line(settings.host, port, config.root_path, state.keys, task))
+        curl = curl_line(settings.host, port, config.root_path, state.keys, task)
+        if settings.log_json:
+            log.info("try", curl=curl)
+        else:  # alone on its line, to be copied
+            console.print(curl, highlight=False, markup=False, soft_wrap=True)
 
     gc.freeze()  # hundreds of thousands of objects that stay: to go through them stops every stream for 0.3 s
     gc.enable()

@@ -64,7 +64,12 @@ def routes(served: Served) -> list[tuple[str, str]]:
 class TestKeys:
     def test_every_route_but_health_wants_a_key(self, keyed: Served) -> None:
         with httpx.Client(base_url=keyed.url) as http:
-            for method, path in [*routes(keyed), *(("GET", page) for page in PAGES), ("GET", "/redoc"), ("GET", "/nothing")]:
+            for method, path in [
+                *routes(keyed),
+                *(("GET", page) for page in PAGES),
+                ("GET", "/redoc"),
+                ("GET", "/nothing"),
+            ]:
                 for headers in ({}, bearer("ps_wrong"), {"Authorization": f"Basic {OPERATOR_KEY}"}):
                     response = http.request(method, path, headers=headers)
                     expected = 200 if path in PUBLIC else 401
