@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -77,9 +77,11 @@ def serve(
     given = {k: v for k, v in locals().items() if v not in (None, []) and k != "publish_examples"}
     is_json = _logs_json(log_json)
     set_up_logs(is_json)
-    with plain_errors(_fail_in_log if is_json else fail), _collecting_later():
+    with plain_errors(_fail_in_log if is_json else fail), _collecting_later(), ExitStack() as stack:
         settings = Settings(**given)
         sockets = preflight.check(settings, publish_examples)
+        for each in sockets:
+            stack.enter_context(each)
         from server import start  # torch and transformers take seconds: what is wrong was told before
 
         start.run(settings, console, sockets, publish_examples)

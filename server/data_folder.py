@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ def close_folder(data_dir: Path, blob_url: str | None = None) -> None:
     """Make the folder where there is none. What an earlier version, a copy or a umask left open to others is closed;
     what cannot be closed is told. The folder itself stays as it is where it has other things in it. Raises OSError."""
     make_folder(data_dir)
+    if not os.access(data_dir, os.W_OK):  # the registry says so when it is opened
+        return
     found = sorted(data_dir.iterdir())
     ours = [path for path in found if path.name.startswith(OURS)]
     blobs = Path((blob_url or str(data_dir / BLOBS)).removeprefix("file://"))

@@ -166,12 +166,11 @@ def empty_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [("create", "x"), ("list",), ("limits", "default"), ("rotate", "default"), ("suspend", "default"), ("rm", "x")],
+    "arguments", ["create x", "list", "limits default", "rotate default", "suspend default", "rm x"]
 )
-def test_what_is_no_registry_is_refused_and_left_as_it_is(empty_place: str, arguments: tuple[str, ...]) -> None:
+def test_what_is_no_registry_is_refused_and_left_as_it_is(empty_place: str, arguments: str) -> None:
     for _ in range(2):
-        result = run_on(empty_place, *arguments)
+        result = run_on(empty_place, *arguments.split())
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
         assert "no registry at" in result.stderr
         assert "--create" in result.stderr
