@@ -72,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if shutil.which("gcc") is None:
         sys.exit("expected gcc, found none: apt-get install gcc libc6-dev")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--capture=sys", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--capture=sys", *TESTS]
     command += ["-k", arguments.expression] if arguments.expression else []
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
