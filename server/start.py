@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 import torch
+import uvicorn
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -25,7 +26,7 @@ from prefix_store.registry import Registry
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from prefix_store.tenants import DEFAULT_TENANT
-from server.api.app import serve, server_config
+from server.api.app import serve
 from server.api.auth import KeyRing
 from server.api.limits import RateLimits
 from server.api.metering import Meter
@@ -164,10 +165,9 @@ def run(settings: Settings, console: Console, sockets: list[socket.socket], exam
         state = make_state(settings, files)
     if examples is not None:
         publish_examples(state.store, examples)
-    config = server_config(state)
     task = task_to_try(state.store, state.keys)
 
-    def say_ready() -> None:
+    def say_ready(config: uvicorn.Config) -> None:
         port = port_of(sockets)
         place = settings.data_dir if settings.redis_url is None else settings.redis_url
         log.info("ready", model=state.model_name, host=settings.host, port=port, registry=name_of(place))
@@ -181,7 +181,7 @@ def run(settings: Settings, console: Console, sockets: list[socket.socket], exam
     gc.enable()
     try:
         with serving(settings.data_dir):
-            asyncio.run(serve(config, state, sockets, say_ready))
+            asyncio.run(serve(state, sockets, say_ready))
     finally:
         state.store.close()
 

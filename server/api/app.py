@@ -21,6 +21,7 @@ from server.api.state import AppState
 from server.api.upkeep import Upkeep
 from server.errors import StartError
 
+OnReady = Callable[[uvicorn.Config], None]
 DESCRIPTION = "One frozen language model, thousands of learned prefixes, one continuous batch."
 
 
@@ -56,7 +57,7 @@ class Server(uvicorn.Server):
     """Calls `on_ready` when connections are accepted. A first signal drains: not ready, new work refused, running
     requests finish. A second one stops at once."""
 
-    def __init__(self, config: uvicorn.Config, state: AppState, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, state: AppState, on_ready: OnReady) -> None:
         super().__init__(config)
         self._state = state
         self._on_ready = on_ready
@@ -64,7 +65,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._on_ready()
+            self._on_ready(self.config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._state.is_draining:
@@ -91,10 +92,11 @@ def server_config(state: AppState) -> uvicorn.Config:
 
 
 async def serve(
-    config: uvicorn.Config, state: AppState, sockets: list[socket.socket], on_ready: Callable[[], None]
+    state: AppState, sockets: list[socket.socket] | None = None, on_ready: OnReady = lambda _: None
 ) -> None:
-    """Serve on `sockets`, which are bound, until a signal. Raises StartError where that never began."""
-    server = Server(config, state, on_ready)
+    """Serve on `sockets`, which are bound, or on the settings' host and port, until a signal. Raises StartError where
+    that never began."""
+    server = Server(server_config(state), state, on_ready)
     waiting = asyncio.create_task(server.exit_when_drained())
     try:
         await server.serve(sockets)
