@@ -88,7 +88,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ModelFilesError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         reason = "is empty" if path.stat().st_size == 0 else f"is no JSON: {' '.join(str(error).split())[:200]}"
-        raise ModelFilesError(f"{path} {reason}") from error
+        expected = "expected a tokenizer, " if path.name.startswith("tokenizer") else ""
+        raise ModelFilesError(f"{expected}{path} {reason}") from error
     if not isinstance(found, dict):
         raise ModelFilesError(f"{path}: expected an object, got {type(found).__name__}")
     return found
