@@ -23,6 +23,7 @@ from prefix_store.errors import (
 )
 from prefix_store.native_format import digest_of
 from prefix_store.new_file import FULL, appear, fsync_folder
+from prefix_store.private_files import create, make_folder
 from prefix_store.tenants import DEFAULT_TENANT, is_tenant_name
 from prefix_store.trash import Deleted, Trash
 
@@ -69,7 +70,7 @@ class Blobs:
             self._is_local = "file" in names
             self.url = self._root if self._is_local else f"{names[0]}://{self._root}"
             self._trash = Trash(self._fs, self._root, is_local=self._is_local)
-            self._fs.makedirs(self._root, exist_ok=True)
+            self._make_folder(self._root)
             self._move_untenanted()
 
     def put(self, tenant: str, body: bytes, *, was_whole: bool = False) -> str:
@@ -84,7 +85,7 @@ class Blobs:
             if self._holds(path, body, only_size=was_whole):
                 return digest
             try:
-                self._fs.makedirs(parent, exist_ok=True)
+                self._make_folder(parent)
                 if self._is_local:
                     _write(temporary, body)
                     self._replace(temporary, path)
@@ -266,6 +267,12 @@ class Blobs:
         assert is_tenant_name(tenant), "names are checked where they come in"
         return f"{self._root}/{tenant}/{digest[:2]}/{digest}{SUFFIX}"
 
+    def _make_folder(self, folder: str) -> None:
+        if self._is_local:
+            make_folder(folder)
+        else:
+            self._fs.makedirs(folder, exist_ok=True)
+
     def _move_untenanted(self) -> None:
         for folder in self._listed(self._root):
             if not FOLDER.fullmatch(str(folder["name"]).rstrip("/").rsplit("/", 1)[-1]):
@@ -275,7 +282,7 @@ class Blobs:
                 if entry["type"] != "file" or not name.endswith(SUFFIX):
                     continue
                 path = self._path(DEFAULT_TENANT, name.removesuffix(SUFFIX))
-                self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                self._make_folder(path.rsplit("/", 1)[0])
                 with suppress(FileNotFoundError):  # another replica opens as well
                     if self._is_local:
                         os.replace(entry["name"], path)
@@ -299,7 +306,7 @@ def _named(what: str) -> Iterator[None]:
 
 
 def _write(path: str, body: bytes) -> None:
-    with open(path, "xb") as file:
+    with create(path) as file:
         file.write(body)
         file.flush()
         os.fsync(file.fileno())

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["kv", "soft"]
 Placement = Literal["prefix", "infix"]
 # What a model accepts as text. `either`: ids or their embeddings, with equal results. `each`: both, with results that
 # differ. `ids`: no embeddings.
 Reads = Literal["either", "each", "ids"]
-Layers = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+Layers = Mapping[int, "tuple[torch.Tensor, torch.Tensor]"]
 PARTS = ("decoder", "encoder", "cross")
 
 

@@ -56,6 +56,11 @@ class RedisRegistry(RedisAccounts, Registry):
         self._commit = server.script(COMMIT)
         self._list_tasks = server.script(LIST_TASKS)
 
+    def is_there(self) -> bool:
+        """Whether there is a registry in this Redis: the first call of another method makes one. Raises
+        UnavailableError."""
+        return self._server.has_registry()
+
     def losses(self) -> dict[str, str]:
         """As `RedisServer.losses`."""
         return self._server.losses()

@@ -74,6 +74,13 @@ class RedisServer:
                 raise StorageFullError("the registry in Redis cannot store more", detail=error) from error
             raise
 
+    def has_registry(self) -> bool:
+        """Whether it is one's data already; asking makes none. Raises UnavailableError."""
+        try:
+            return bool(self._client.exists(keys.SCHEMA))
+        except (*UNAVAILABLE, redis.ResponseError) as error:
+            raise UnavailableError("the registry in Redis cannot be reached", detail=error) from error
+
     def losses(self) -> dict[str, str]:
         """The settings, of those in `DURABLE`, with which the server may lose what it acknowledged. None where it does
         not say: managed ones forbid CONFIG. Raises UnavailableError."""

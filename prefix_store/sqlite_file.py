@@ -9,7 +9,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from prefix_store.documents import read_content, read_task, write_task
 from prefix_store.entries import entries_of
 from prefix_store.errors import ConflictError, DamagedRegistryError, StorageFullError, UnavailableError
 from prefix_store.new_file import FULL, appear
+from prefix_store.private_files import make_file, make_folder
 from prefix_store.task import Task, Version
 from prefix_store.usage import COUNTS, FLOAT_COUNT
 
@@ -78,7 +79,7 @@ class SqliteFile:
     """
 
     def __init__(self, path: Path, *, is_durable: bool = True, remedy: str = REMEDY) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._path = path
         self._remedy = remedy
         self._synchronous = "FULL" if is_durable else "NORMAL"
@@ -98,6 +99,8 @@ class SqliteFile:
         """The file appears whole, so that an empty one is damage."""
         part = self._path.with_name(f"{self._path.name}.part-{uuid.uuid4().hex}")
         try:
+            with suppress(OSError):  # SQLite says better what is wrong with this place
+                make_file(part)  # and SQLite makes the files beside it with the same mode
             with closing(self._connect(part)) as db:
                 db.execute("BEGIN")
                 _prepare(db, self._path)
@@ -207,6 +210,19 @@ def _expected_columns() -> set[tuple[str, str]]:
     with closing(sqlite3.connect(":memory:")) as db:
         db.executescript(SCHEMA)
         return set(db.execute(COLUMNS).fetchall())
+
+
+def has_tables(path: Path) -> bool:
+    """Whether the file has a registry's tables, or is SQLite and cannot be read: opening it says why. It is not
+    changed."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            tables = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name IN ('task_documents', 'tasks')"
+            return db.execute(tables).fetchone() is not None
+    except sqlite3.Error as error:
+        return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) != sqlite3.SQLITE_NOTADB
 
 
 def put_task(db: sqlite3.Connection, task: Task) -> None:

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from fsspec import AbstractFileSystem
+
+from prefix_store.private_files import make_folder
 
 FOLDER = "TRASH"  # no tenant has such a name
 STAMP = "%Y%m%dT%H%M%SZ"
@@ -37,6 +40,7 @@ class Trash:
         self._path = f"{root}/{FOLDER}"
         renames = type(fs).mv is not AbstractFileSystem.mv  # else it copies, and deletes then
         self._rename = os.replace if is_local else fs.mv if renames else None
+        self._make_folder = make_folder if is_local else partial(fs.makedirs, exist_ok=True)
 
     def has(self, path: str) -> bool:
         """Whether this path is in the trash."""
@@ -92,7 +96,7 @@ class Trash:
 
     def _move(self, source: str, target: str) -> bool:
         with suppress(FileNotFoundError):  # another replica moves it as well
-            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            self._make_folder(target.rsplit("/", 1)[0])
             if self._rename is not None:
                 self._rename(source, target)
                 return True

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from server.cli import app
+from server.logs import quiet_libraries
 
 
 def main() -> None:
+    os.umask(os.umask(0) | 0o022)  # whatever is made here, others never write it
+    quiet_libraries()
     app()
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
+import structlog
 import typer
+from pydantic import TypeAdapter, ValidationError
 
-from server import file_commands, http_commands, registry_commands, tenant_commands
+from server import file_commands, http_commands, preflight, registry_commands, tenant_commands
 from server.config import Settings
+from server.logs import set_up_logs
 from server.options import option
-from server.terminal import console, plain_errors
+from server.terminal import console, fail, plain_errors
 
+LOG_JSON = "PREFIXSERVE_LOG_JSON"
+log = structlog.get_logger()
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 for commands in (http_commands, file_commands):
     app.add_typer(commands.app)
@@ -69,8 +75,25 @@ def serve(
     Every option is also `PREFIXSERVE_…`.
     """
     given = {k: v for k, v in locals().items() if v not in (None, []) and k != "publish_examples"}
-    with plain_errors(), _collecting_later():
+    is_json = _logs_json(log_json)
+    set_up_logs(is_json)
+    with plain_errors(_fail_in_log if is_json else fail), _collecting_later(), ExitStack() as stack:
         settings = Settings(**given)
-        from server import start  # torch and transformers take seconds; the other commands do without
+        sockets = preflight.check(settings, publish_examples)
+        for each in sockets:
+            stack.enter_context(each)
+        from server import start  # torch and transformers take seconds: what is wrong was told before
 
-        start.run(settings, console, publish_examples)
+        start.run(settings, console, sockets, publish_examples)
+
+
+def _logs_json(given: bool | None) -> bool:
+    """As the settings will say it, for what is wrong with them."""
+    with suppress(ValidationError):
+        return TypeAdapter(bool).validate_python(os.environ.get(LOG_JSON) or False) if given is None else given
+    return False
+
+
+def _fail_in_log(message: str) -> NoReturn:
+    log.error("failed", reason=message)
+    raise typer.Exit(1)

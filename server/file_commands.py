@@ -11,6 +11,7 @@ import typer
 
 from server.base_folders import base_fingerprint
 from server.options import AcceptBase, AsJson, BaseFolder, Index, ModelOption, option, settings_of
+from server.preflight import check_model
 from server.terminal import console, fail, plain_errors, show
 
 app = typer.Typer()
@@ -29,12 +30,14 @@ def inspect(
 ) -> None:
     """What PATH is and whether it fits the model, without a server. Exit code 1 if it does not."""
     with plain_errors():
-        from server.inspection import inspect
-
         if not path.exists():
             fail(f"expected a PEFT folder or a .safetensors file, found nothing at {path}")
+        settings = settings_of(model, max_virtual_tokens)
+        check_model(settings.model)
+        from server.inspection import inspect
+
         options: dict[str, Any] = {"accept_base": accept_base, "base_fingerprint": base_fingerprint(path, base_folder)}
-        found = inspect(path, settings_of(model, max_virtual_tokens), index, **options)
+        found = inspect(path, settings, index, **options)
         show(asdict(found), as_json)
         raise typer.Exit(0 if found.fits else 1)
 
@@ -43,13 +46,15 @@ def inspect(
 def fold(path: Path, output: Path, model: ModelOption = None, as_json: AsJson = False) -> None:
     """Fold an unfolded checkpoint (P_theta and its MLP) at PATH into the native file OUTPUT."""
     with plain_errors():
+        if not path.is_file():
+            fail(f"expected a checkpoint file, found nothing at {path}")
+        settings = settings_of(model, 2**20)
+        check_model(settings.model)
         from prefix_store.converters.convert import fold_file
         from prefix_store.native_format import digest_of, write_native
         from server.inspection import model_shape
 
-        if not path.is_file():
-            fail(f"expected a checkpoint file, found nothing at {path}")
-        shape = model_shape(settings_of(model, 2**20))
+        shape = model_shape(settings)
         prefix = fold_file(path, shape)
         body = write_native(replace(prefix, base_model=shape.model_name, fingerprint=shape.fingerprint))
         output.write_bytes(body)
@@ -69,14 +74,16 @@ def convert(
     """Convert another tool's file at PATH (.npy, decoder.pt, encoder.pt, cartridge.pt, PrefixTuning's
     pytorch_model.bin) into the native file OUTPUT. Weights alone are read."""
     with plain_errors():
+        if not path.exists():
+            fail(f"expected another tool's file or its folder, found nothing at {path}")
+        settings = settings_of(model, 2**20)
+        check_model(settings.model)
         from prefix_store.converters.convert import convert_file
         from prefix_store.native_format import write_native
         from prefix_store.validation import validate
         from server.inspection import model_shape, parts
 
-        if not path.exists():
-            fail(f"expected another tool's file or its folder, found nothing at {path}")
-        shape = model_shape(settings_of(model, 2**20))
+        shape = model_shape(settings)
         found = convert_file(path, shape)
         prefix = replace(found, placement=placement, separator=separator, base_model=base_model)
         validate(prefix, shape)

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import structlog
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from server.engine.generation_defaults import GenerationDefaults
 from server.engine.logit_rules import LogitRules
+from server.engine.model_config import read_config
 from server.engine.stop_strings import StopStrings
 from server.errors import ModelFilesError
 
@@ -114,7 +115,7 @@ def read_generation_config(path: Path, use: Use) -> GenerationFields:
         config = GenerationConfig.from_pretrained(path, config_file_name=name, _from_model_config=name != FILE)
     except Exception as error:  # transformers raises what it likes for values that it does not expect
         raise ModelFilesError(f"{name} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    model_config = AutoConfig.from_pretrained(path)
+    model_config = read_config(path)
     vocab_size = getattr(model_config.get_text_config(), "vocab_size", 2**31)
     special = _parse(SpecialTokens, config, name)
     start = {

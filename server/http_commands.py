@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from prefix_store.printable import escaped
 from server.base_folders import base_fingerprint
 from server.client import Client
 from server.options import LOCAL, AcceptBase, ApiKey, AsJson, BaseFolder, Index, ModelOption, Url, option, settings_of
+from server.preflight import check_model
 from server.terminal import fail, plain_errors, print_json, print_table, print_text, say, show, upload_bar
 
 app = typer.Typer()
@@ -57,9 +59,10 @@ def push(
         uploads = _uploads(task, path, index, every)
         options: dict[str, Any] = {"accept_base": accept_base, "base_fingerprint": base_fingerprint(path, base_folder)}
         if dry_run:
+            settings = settings_of(model)
+            check_model(settings.model)
             from server.inspection import inspect
 
-            settings = settings_of(model)
             found = [
                 {"task": name, "dry_run": True} | asdict(inspect(path, settings, i, task=name, **options))
                 for name, i in uploads
@@ -98,11 +101,13 @@ def _show_pushed(manifest: dict[str, Any]) -> None:
 
 def _uploads(task: str, path: Path, index: int | None, every: bool) -> list[tuple[str, int | None]]:
     """Tasks and the indexes of their artefacts in the file."""
-    from prefix_store.local_files import count_tasks
-
     if not path.exists():
         fail(f"expected a PEFT folder, a .safetensors file or an ensemble (.json), found nothing at {path}")
-    num_tasks = count_tasks(path) if every else 1
+    num_tasks = 1
+    if every:
+        from prefix_store.local_files import count_tasks  # torch takes seconds
+
+        num_tasks = count_tasks(path)
     return [(task, index)] if num_tasks == 1 else [(f"{task}-{i}", i) for i in range(num_tasks)]
 
 
@@ -160,7 +165,7 @@ def show_(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson =
     for version in versions:
         if version.get("next_step") is not None:
             say(f"version {version['version']}: {version['next_step']}")
-    say(HOW_TO_ASK.format(task=found["task"]))
+    print(HOW_TO_ASK.format(task=escaped(found["task"])))
 
 
 @app.command()

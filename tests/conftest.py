@@ -126,12 +126,19 @@ def films(served: Served) -> str:
 OPERATOR_KEY = "an-operator-key-of-more-than-32-characters"
 
 
+def write_key(path: Path, key: str) -> Path:
+    """A file that its owner alone may read."""
+    path.touch(0o600)
+    path.write_text(key + "\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def keyed(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server that has keys, asked by its operator."""
     folder = tmp_path_factory.mktemp("keyed")
-    (folder / "operator.key").write_text(OPERATOR_KEY + "\n")
-    settings = settings_for(folder / "data", operator_key_file=folder / "operator.key")
+    key_file = write_key(folder / "operator.key", OPERATOR_KEY)
+    settings = settings_for(folder / "data", operator_key_file=key_file)
     for served in serve_in_thread(make_state(settings, ModelFiles(model_path, NAME))):
         yield served.as_key(OPERATOR_KEY)
 

@@ -58,10 +58,10 @@ class Cli:
 @pytest.fixture(scope="module")
 def cli(served: Served, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Cli:
     """Nothing of the caller's own environment reaches it."""
-    cache = str(tmp_path_factory.mktemp("cache"))
+    cache, data = (str(tmp_path_factory.mktemp(name)) for name in ("cache", "data"))
     inherited = {name: "" for name in os.environ if name.startswith("PREFIXSERVE_")}
     ours = {"URL": served.url, "MODEL": str(model_path), "MODEL_ALIAS": "mini,owner/mini", "DTYPE": "float32"}
-    ours["CACHE_DIR"] = cache
+    ours |= {"CACHE_DIR": cache, "DATA_DIR": data}
     return Cli(inherited | {f"PREFIXSERVE_{name}": value for name, value in ours.items()})
 
 

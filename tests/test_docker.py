@@ -12,6 +12,7 @@ import yaml
 
 from prefix_store.redis_server import DURABLE
 from server.config import Settings
+from server.key_file import SECRETS
 
 ROOT = Path(__file__).parents[1]
 PREFIX = "PREFIXSERVE_"
@@ -51,6 +52,14 @@ def test_the_server_is_nobody_special_and_keeps_its_data(services: dict[str, Any
     kept = {volume.partition(":")[2] for volume in services["server"]["volumes"]}
     assert set(yaml.safe_load(volumes)) == kept
     assert {"DATA_DIR=/data", "CACHE_DIR=/cache"} <= set(re.findall(rf"{PREFIX}(\S+_DIR=\S+)", dockerfile))
+
+
+def test_the_operators_key_is_where_containers_have_secrets(services: dict[str, Any]) -> None:
+    """There a file of root's that every user of the container may read is taken."""
+    environment = services["server"]["environment"]
+    path = Path(environment["PREFIXSERVE_OPERATOR_KEY_FILE"])
+    assert path.parent in SECRETS
+    assert path.name in services["server"]["secrets"]
 
 
 def test_what_is_copied_is_there_and_the_key_is_not_sent(dockerfile: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
+from server.engine.errors import ModelRefusedError
 from server.errors import StartError
 from server.model_files import ModelFiles
 from server.start import make_state
@@ -73,3 +75,22 @@ def test_prompt_with_a_token_beyond_the_embedding_is_refused(tmp_path: Path) -> 
         body = {"model": NAME, "prompt": last}
         assert served.http.post("/v1/completions", json=body).status_code == 400
         assert served.generate("the").status_code == 200
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_models_own_code_is_never_run_whatever_is_answered(
+    model_path: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks on the terminal whether it may, and runs the code for a `y`."""
+    path = shutil.copytree(model_path, tmp_path / NAME)
+    ran = tmp_path / "ran"
+    (path / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    config = json.loads((path / file).read_text())
+    named = {"AutoConfig": "code.Own"} if file == "config.json" else {"AutoTokenizer": ["code.Own", None]}
+    changed = {"auto_map": named, "model_type": "own", "tokenizer_class": "Own"}
+    (path / file).write_text(json.dumps(config | changed))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises((StartError, ModelRefusedError), match="code") as caught:
+        start(path, tmp_path / "data")
+    assert "\n" not in str(caught.value)
+    assert not ran.exists()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ from typer.testing import CliRunner, Result
 from prefix_store.sqlite_registry import SqliteRegistry
 from prefix_store.tenants import is_key
 from server.cli import app
+from server.data_folder import serving
 from tests.conftest import Served, native
+from tests.prefix_store.redis_process import RedisProcess
 from tests.waiting import eventually
 
 
@@ -140,3 +145,80 @@ def test_what_cannot_be_is_one_line(commands: Commands, arguments: tuple[str, ..
     error = commands.refused(*arguments)
     assert reason in error
     assert error.count("\n") == 1
+
+
+def run_on(place: str, *arguments: str) -> Result:
+    """On a Redis or a data folder."""
+    option = "REDIS_URL" if "://" in place else "DATA_DIR"
+    return CliRunner().invoke(app, ["tenant", *arguments], env={f"PREFIXSERVE_{option}": place})
+
+
+@pytest.fixture(params=["folder", "redis"])
+def empty_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where no registry is yet."""
+    if request.param == "folder":
+        yield str(tmp_path / "mistyped")
+        return
+    process = RedisProcess(tmp_path / "redis")
+    process.start()
+    yield process.url
+    process.kill()
+
+
+@pytest.mark.parametrize(
+    "arguments", ["create x", "list", "limits default", "rotate default", "suspend default", "rm x"]
+)
+def test_what_is_no_registry_is_refused_and_left_as_it_is(empty_place: str, arguments: str) -> None:
+    for _ in range(2):
+        result = run_on(empty_place, *arguments.split())
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
+        assert "no registry at" in result.stderr
+        assert "--create" in result.stderr
+    copied = CliRunner().invoke(app, ["registry", "copy", empty_place, empty_place + "2"])
+    assert (copied.exit_code, "no registry at" in copied.stderr) == (1, True)
+    if "://" not in empty_place:
+        assert not Path(empty_place).exists()
+        assert not Path(empty_place + "2").exists()
+
+
+def test_create_makes_a_registry_and_says_which(empty_place: str) -> None:
+    made = run_on(empty_place, "create", "north", "--create")
+    assert made.exit_code == 0, made.output
+    assert made.stdout.count("\n") == 1
+    assert made.stdout.startswith("ps_")
+    name = empty_place if "://" in empty_place else f"{empty_place}/registry.sqlite"
+    assert f"registry {name}" in made.stderr
+    listed = run_on(empty_place, "list", "--json")
+    assert [each["name"] for each in json.loads(listed.stdout)] == ["north"]
+    assert f"registry {name}" in listed.stderr
+    assert f"(registry {name})" in run_on(empty_place, "rotate", "south").stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"not SQLite at all, but long enough to be looked at", "other tables"])
+def test_a_file_that_is_no_registry_is_refused_unchanged(tmp_path: Path, content: bytes | str) -> None:
+    path = tmp_path / "registry.sqlite"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE theirs (x)")
+    before = path.read_bytes()
+    result = run_on(str(tmp_path), "create", "x")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
+    assert str(path) in result.stderr
+    assert path.read_bytes() == before
+
+
+def test_a_redis_url_is_named_without_its_password() -> None:
+    result = run_on("redis://user:secret@127.0.0.1:1/3", "list")
+    assert result.exit_code == 1
+    assert "redis://127.0.0.1:1/3" in result.stderr
+    assert "secret" not in result.stderr
+
+
+def test_it_is_said_whether_a_server_runs_on_the_registry(tmp_path: Path) -> None:
+    place = str(tmp_path)
+    assert "no server runs on it" in run_on(place, "create", "north", "--create").stderr
+    with serving(tmp_path):
+        assert ", a server runs on it" in run_on(place, "rotate", "north").stderr
+    assert "no server runs on it" in run_on(place, "list").stderr

@@ -46,6 +46,7 @@ def keyed(*options: str, data_dir: Path | None = None) -> Iterator[Keyed]:
     """`options` are those of `serve`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "operator.key"
+        file.touch(0o600)
         file.write_text(OPERATOR_KEY)
         with served("--operator-key-file", str(file), *options, data_dir=data_dir) as server:
             headers = {"Authorization": f"Bearer {OPERATOR_KEY}"}

@@ -363,6 +363,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the servers: two threads would only wait for each other
     with tempfile.TemporaryDirectory() as found, ExitStack() as stack:
         folder = Path(found)
+        (folder / "operator.key").touch(0o600)
         (folder / "operator.key").write_text(OPERATOR_KEY)
         model = save_byte_model(folder / "replica-model")
         redis = RedisProcess(folder / "redis")

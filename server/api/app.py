@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
 
 import uvicorn
 from fastapi import Depends, FastAPI
 
-from server.api import errors, generate, openai, ops, prefixes, records, tenants, uploads
+from server.api import errors, generate, openai, ops, pages, prefixes, records, tenants, uploads
 from server.api.auth import check_again
 from server.api.connection import BoundedConnection
 from server.api.gate import Gate
@@ -18,7 +19,9 @@ from server.api.query import refuse_unknown_query
 from server.api.schema import DescribedAPI
 from server.api.state import AppState
 from server.api.upkeep import Upkeep
+from server.errors import StartError
 
+OnReady = Callable[[uvicorn.Config], None]
 DESCRIPTION = "One frozen language model, thousands of learned prefixes, one continuous batch."
 
 
@@ -38,10 +41,12 @@ def create_app(state: AppState) -> FastAPI:
         title="prefixserve",
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # `pages` has them: FastAPI's load scripts from another host
+        redoc_url=None,
         dependencies=[Depends(check_again), Depends(refuse_unknown_query)],
     )
     app.state.prefixserve = state
-    for module in (generate, openai, uploads, prefixes, tenants, records, ops):
+    for module in (generate, openai, uploads, prefixes, tenants, records, ops, pages):
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(Gate, state=state)
@@ -49,11 +54,18 @@ def create_app(state: AppState) -> FastAPI:
 
 
 class Server(uvicorn.Server):
-    """A first signal drains: not ready, new work refused, running requests finish. A second one stops at once."""
+    """Calls `on_ready` when connections are accepted. A first signal drains: not ready, new work refused, running
+    requests finish. A second one stops at once."""
 
-    def __init__(self, config: uvicorn.Config, state: AppState) -> None:
+    def __init__(self, config: uvicorn.Config, state: AppState, on_ready: OnReady) -> None:
         super().__init__(config)
         self._state = state
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready(self.config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._state.is_draining:
@@ -79,11 +91,16 @@ def server_config(state: AppState) -> uvicorn.Config:
     )
 
 
-async def serve(state: AppState) -> None:
-    """Serve until a signal."""
-    server = Server(server_config(state), state)
+async def serve(
+    state: AppState, sockets: list[socket.socket] | None = None, on_ready: OnReady = lambda _: None
+) -> None:
+    """Serve on `sockets`, which are bound, or on the settings' host and port, until a signal. Raises StartError where
+    that never began."""
+    server = Server(server_config(state), state, on_ready)
     waiting = asyncio.create_task(server.exit_when_drained())
     try:
-        await server.serve()
+        await server.serve(sockets)
     finally:
         waiting.cancel()
+    if not server.started:
+        raise StartError("the server could not start; its log has the reason")

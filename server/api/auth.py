@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -29,10 +28,9 @@ from prefix_store.tenants import (
     key_digest,
 )
 from server.api.errors import RequestError
-from server.errors import StartError
+from server.api.pages import PAGES
 
-PUBLIC = ("/healthz", "/health", "/readyz")
-MIN_OPERATOR_KEY = 32  # characters
+PUBLIC = ("/healthz", "/health", "/readyz", *PAGES)
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 ANY = "any"  # whatever scope of a tenant
 GENERATING = r"/|/generate|/generate_stream|/v1/completions|/v1/chat/completions"
@@ -173,6 +171,11 @@ class KeyRing:
         return self._is_local and self._operator_digest is None
 
     @property
+    def has_operator(self) -> bool:
+        """Whether there is an operator's key in a file, which is not the registry's."""
+        return self._operator_digest is not None
+
+    @property
     def is_open(self) -> bool:
         """Everyone on this machine may ask. Never where others reach the server, whatever became of its keys."""
         return self._is_local and not self.has_keys
@@ -204,21 +207,6 @@ class KeyRing:
         if tenant.is_suspended and "operator" not in key.scopes:
             raise RequestError(403, f"tenant {tenant.name!r} is suspended")
         return Caller(tenant, key.id, frozenset(key.scopes), key)
-
-
-def read_operator_key(path: Path | None) -> str | None:
-    """The key in a file, without the line's end. Raises StartError."""
-    if path is None:
-        return None
-    try:
-        key = path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"operator_key_file must be a file with a key, {path}: {error}") from error
-    if len(key) < MIN_OPERATOR_KEY or not key.isprintable() or " " in key:
-        raise StartError(
-            f"operator_key_file must hold one key of {MIN_OPERATOR_KEY} characters or more, {path} has {len(key)}"
-        )
-    return key
 
 
 async def caller_of(request: Request) -> Caller:

@@ -188,7 +188,6 @@ class AppState:
                 served=self.model_name,
                 fingerprint=self.engine.shape.fingerprint[:12],
             )
-        log.info("ready", model=self.model_name, host=self.settings.host, port=self.settings.port)
 
     async def sync_pins(self) -> None:
         """Hold exactly the active versions of pinned tasks, of each tenant as many as it may."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prefix_store.bounded_json import read_json_object
 from prefix_store.errors import InvalidArtefactError
+from prefix_store.private_files import write
 
 MAX_SAVED = 1024
 MAX_BYTES = 2**20
@@ -32,9 +33,7 @@ class WarmStart:
     def save(self, labels: Iterable[Label]) -> None:
         """Whole or not at all. A disk that cannot take it costs a warm start, nothing else: raises OSError."""
         found = [[label.tenant, label.task, label.version] for label in labels][:MAX_SAVED]
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps({"residents": found}))
-        part.replace(self._path)
+        write(self._path, json.dumps({"residents": found}).encode())
 
     def saved(self) -> list[Label]:
         """Nothing where there is no such file or it is damaged."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import structlog
 import torch
-from transformers import AutoConfig
 
 from prefix_store.prefix import ModelShape
 from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError, one_line
+from server.engine.model_config import read_config, reason_of
 from server.engine.model_measures import measure_shape
 from server.engine.model_runner import load_model
 from server.engine.self_check import self_check
@@ -54,7 +54,7 @@ def checked_model(
 
     family = "the model"
     try:
-        family = AutoConfig.from_pretrained(path).model_type
+        family = read_config(path).model_type
         try:
             return attempt(is_fast=True)
         except Exception as error:  # also where a family's modules are not what a kernel's probe expects
@@ -68,4 +68,4 @@ def checked_model(
     except ModelRefusedError as error:
         raise ModelRefusedError(f"{family} cannot be served: {error}; {FAMILIES}") from error
     except Exception as error:  # transformers, torch and a family's own code raise what they like
-        raise ModelRefusedError(f"{family} in {path} cannot be loaded: {one_line(error)}; {FAMILIES}") from error
+        raise ModelRefusedError(f"{family} in {path} cannot be loaded: {reason_of(error)}; {FAMILIES}") from error

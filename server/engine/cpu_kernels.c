@@ -57,7 +57,8 @@ INLINE float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return x < -87.0f ? 0.0f : p * from_bits((uint32_t)((int32_t)n + 127) << 23);
+    float power = n > -127.0f ? n : -127.0f; /* also of a NaN: C leaves undefined which integer it is */
+    return x < -87.0f ? 0.0f : p * from_bits((uint32_t)((int32_t)power + 127) << 23);
 }
 
 /* out = weight * x / sqrt(mean(x^2) + epsilon) over rows of `dim`, rounded before the weight as Llama's is; Gemma's
@@ -183,7 +184,9 @@ INLINE Vector exponentials(Vector x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    Words power = (Words)((__builtin_convertvector(n, Ints) + 127) << 23);
+    Words is_above = (Words)(n > -127.0f);
+    Vector bounded = (Vector)(((Words)n & is_above) | ((Words)((Vector){0} - 127.0f) & ~is_above));
+    Words power = (Words)(__builtin_convertvector(bounded, Ints) + 127) << 23;
     return (Vector)((Words)(p * (Vector)power) & ~(Words)(x < -87.0f));
 }
 
@@ -342,10 +345,11 @@ INLINE float quantized_row(const void *x, void *out, long dim, int is_bf16, int 
         highest = size > highest ? size : highest;
         poison += v * 0.0f;
     }
-    float inverse = highest > 0 && poison == 0 ? 127.0f / highest : 0.0f;
+    float larger = highest < 0x1p-100f ? 0x1p60f : 1.0f; /* or the inverse of the smallest numbers is infinite */
+    float inverse = highest > 0 && poison == 0 ? 127.0f / (highest * larger) : 0.0f;
 #pragma omp simd
     for (long i = 0; i < dim; i++) {
-        float v = poison == 0 ? load(x, i, is_bf16) : 0.0f;
+        float v = poison == 0 ? load(x, i, is_bf16) * larger : 0.0f;
         int32_t byte = (int32_t)(v * inverse + 128.5f);
         if (is_wide) ((int16_t *)out)[i] = (int16_t)(byte - 128);
         else ((uint8_t *)out)[i] = (uint8_t)byte;

@@ -13,12 +13,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from pathlib import Path
 
 import structlog
 import torch
 
+from prefix_store.private_files import make_folder, why_others_may_change, write
 from server.engine.threads import load_openmp
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -222,16 +225,33 @@ def _is_bf16(x: torch.Tensor) -> bool:
 
 
 def load_kernels(folder: Path) -> CpuKernels | None:
-    """Compile into `folder` unless it was, and load. None, with a warning, where that cannot be done."""
+    """Compile into `folder` unless it was, and load. Nothing is loaded from where another user might have put it: then
+    it is compiled for this process alone, with a warning. None, with a warning, where that cannot be done."""
     try:
-        path = folder / f"cpu-kernels-{_key()}.so"
-        if not _is_whole(path):
-            _compile(path)
-        load_openmp()  # the threads of torch's own products do the work
-        return CpuKernels(ctypes.CDLL(str(path)))
+        with _trusted(folder) as place:
+            path = place / f"cpu-kernels-{_key()}.so"
+            if not _is_whole(path):
+                _compile(path)
+            load_openmp()  # the threads of torch's own products do the work
+            return CpuKernels(ctypes.CDLL(str(path)))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         log.warning("cpu_kernels_missing", reason=str(error))
         return None
+
+
+@contextmanager
+def _trusted(folder: Path) -> Iterator[Path]:
+    """`folder`, or one for this process alone where others may change what is in `folder`. Raises OSError."""
+    make_folder(folder)
+    reason = why_others_may_change(folder)
+    if reason is None:
+        yield folder
+        return
+    log.warning("cpu_kernels_not_kept", reason=reason)
+    with tempfile.TemporaryDirectory(prefix="prefixserve-kernels-") as temporary:
+        if reason := why_others_may_change(Path(temporary)):
+            raise OSError(reason)
+        yield Path(temporary)
 
 
 def _key() -> str:
@@ -245,10 +265,13 @@ def _key() -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """A library ends with its digest: a loader that maps a cut one may kill the process."""
+    """A library ends with its digest: a loader that maps a cut one may kill the process. The digest is no proof of who
+    wrote it: one that others may change, or that cannot be read, is compiled again."""
     try:
+        if why_others_may_change(path):
+            return False
         content = path.read_bytes()
-    except OSError:  # nothing is there, or what cannot be read: it is compiled anew
+    except OSError:
         return False
     return content[-DIGEST_BYTES:] == hashlib.sha256(content[:-DIGEST_BYTES]).digest()
 
@@ -257,7 +280,6 @@ def _compile(path: Path) -> None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("no C compiler was found (Debian: apt-get install gcc libc6-dev)")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         compiled, library = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         steps = ([*FLAGS, "-c", str(SOURCE), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(library)])
@@ -266,7 +288,6 @@ def _compile(path: Path) -> None:
             if done.returncode:
                 raise OSError(f"{compiler} failed: {done.stderr.decode(errors='replace').strip()[:500]}")
         content = library.read_bytes()
-        library.write_bytes(content + hashlib.sha256(content).digest())
         if path.is_dir():
             shutil.rmtree(path)
-        library.replace(path)
+        write(path, content + hashlib.sha256(content).digest())

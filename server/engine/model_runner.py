@@ -9,7 +9,6 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
 )
@@ -21,6 +20,7 @@ from server.engine.cpu_kernels import CpuKernels
 from server.engine.errors import ModelRefusedError, PrefixFaultError
 from server.engine.fused_modules import fuse_modules
 from server.engine.kv_blocks import BLOCK_SIZE, KVBlocks, num_blocks_for, prefix_blocks
+from server.engine.model_config import read_config
 from server.engine.model_families import PackedLengths, counts_by_cache, prepare
 from server.engine.quantized_weights import quantize_weights
 from server.engine.reordered_weights import reorder_weights
@@ -156,14 +156,23 @@ def load_model(
 ) -> Any:
     """A frozen transformers model that calls our attention, on a CPU with its weights reordered or in 8 bits and, with
     `kernels`, its small modules in one pass each. Raises ModelRefusedError for one that cannot."""
-    config = AutoConfig.from_pretrained(path, revision=revision)
+    config = read_config(path, revision)
     kind = model_class(config)
     try:
-        model: Any = kind.from_pretrained(path, revision=revision, dtype=dtype, attn_implementation=NAME)
+        model, loaded = kind.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=NAME,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     except (ValueError, KeyError) as error:  # KeyError: a family with a table of attention classes of its own
         if NAME not in str(error) and not isinstance(error, KeyError):
             raise
         raise ModelRefusedError("it has attention of its own, which cannot be replaced") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers makes up random ones
+        raise ModelRefusedError(f"expected {missing[0]!r} in the weights of {path}, {len(missing)} tensors are missing")
     if config.is_encoder_decoder:
         try:
             prepare(model)

@@ -14,7 +14,7 @@ from server.engine import recent_failures
 from server.model_files import ModelFiles
 from server.start import make_state, open_registry, publish_examples
 from tests.byte_model import save_prompt
-from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for
+from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for, write_key
 from tests.prefix_store.redis_process import RedisProcess
 from tests.waiting import eventually
 
@@ -24,8 +24,7 @@ PROMPT = "A fine film."
 @contextmanager
 def replica(folder: Path, redis_url: str, model_path: Path, name: str) -> Iterator[Served]:
     """Its copy of the registry is its own, the files are shared."""
-    key_file = folder / "operator.key"
-    key_file.write_text(OPERATOR_KEY)
+    key_file = write_key(folder / "operator.key", OPERATOR_KEY)
     settings = settings_for(
         folder / name, operator_key_file=key_file, redis_url=redis_url, blob_url=str(folder / "blobs")
     )

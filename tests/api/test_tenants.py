@@ -21,11 +21,22 @@ from server.api import gate
 from server.api.app import create_app
 from server.api.auth import PUBLIC, KeyRing, needed_scope
 from server.api.errors import RequestError
+from server.api.pages import PAGES
 from server.engine.tenant_policy import TenantPolicy
 from server.errors import StartError
 from server.model_files import ModelFiles
 from server.start import make_state
-from tests.conftest import NAME, OPERATOR_KEY, Served, bearer, make_tenant, native, serve_in_thread, settings_for
+from tests.conftest import (
+    NAME,
+    OPERATOR_KEY,
+    Served,
+    bearer,
+    make_tenant,
+    native,
+    serve_in_thread,
+    settings_for,
+    write_key,
+)
 from tests.waiting import eventually
 
 PROMPT = "A fine film."
@@ -58,7 +69,12 @@ def versions(served: Served, task: str) -> list[int]:
 class TestKeys:
     def test_every_route_but_health_wants_a_key(self, keyed: Served) -> None:
         with httpx.Client(base_url=keyed.url) as http:
-            for method, path in [*routes(keyed), ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/nothing")]:
+            for method, path in [
+                *routes(keyed),
+                *(("GET", page) for page in PAGES),
+                ("GET", "/redoc"),
+                ("GET", "/nothing"),
+            ]:
                 for headers in ({}, bearer("ps_wrong"), {"Authorization": f"Basic {OPERATOR_KEY}"}):
                     response = http.request(method, path, headers=headers)
                     expected = 200 if path in PUBLIC else 401
@@ -419,7 +435,7 @@ class TestLimits:
         assert tenant.http.delete("/v1/prefixes/t").status_code == 204
 
     def test_who_waits_for_its_own_rows_gets_429_and_for_all_rows_503(self, model_path: Path, tmp_path: Path) -> None:
-        (tmp_path / "key").write_text(OPERATOR_KEY)
+        write_key(tmp_path / "key", OPERATOR_KEY)
         settings = settings_for(tmp_path, operator_key_file=tmp_path / "key", max_rows=2, max_queue_s=0.3)
         for served in serve_in_thread(make_state(settings, ModelFiles(model_path, NAME))):
             operator = served.as_key(OPERATOR_KEY)
@@ -618,7 +634,7 @@ class TestStart:
     def test_an_operator_key_that_cannot_be_one_stops_the_start(
         self, model_path: Path, tmp_path: Path, text: str
     ) -> None:
-        (tmp_path / "key").write_text(text)
+        write_key(tmp_path / "key", text)
         settings = settings_for(tmp_path, operator_key_file=tmp_path / "key")
         with pytest.raises(StartError, match="operator_key_file"):
             make_state(settings, ModelFiles(model_path, NAME))
