@@ -67,6 +67,8 @@ async def start_answers(
         stream = await state.engine.generate(text, one, members, row_id, tenant)
         streams.append(stream)
         bill.watch(stream)
+        if len(streams) == 1:
+            state.engine.check_answers(bill.num_streams, stream.num_prompt_tokens)
         return stream
 
     try:

@@ -6,9 +6,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,7 +24,7 @@ from server.api.limits import default_tokens
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from server.api.state import AppState, State, Target, named
 from server.engine.detokenizer import Place
-from server.engine.errors import EngineError
+from server.engine.errors import ContextLengthError, EngineError
 from server.engine.sequence import TokenOutput
 from server.engine.token_texts import TokenTexts
 
@@ -65,8 +65,10 @@ async def completions(
     """OpenAI's completions; `n`, `logprobs`, `stream`, `stream_options.include_usage`."""
     target = await _target(state, caller, body.model, session)
     limit = default_tokens(caller.tenant.limits, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
-    with await admit(state, caller, target, len(body.text.encode()), body.n or 1, limit) as bill:
-        return await _answer(request, state, body, body.text, limit, body.logprobs, "text_completion", bill)
+    admitted = await admit(state, caller, target, len(body.text.encode()), body.n or 1, limit)
+    with _in_openais_words("prompt", "max_tokens" if body.max_tokens else None), admitted as bill:
+        prompt = await state.engine.tokenise(body.text, target.members, limit, caller.tenant.name)
+        return await _answer(request, state, body, prompt, limit, body.logprobs, "text_completion", bill)
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation", responses=also(EventStream.media_type))
@@ -79,8 +81,12 @@ async def chat_completions(
     given = body.max_completion_tokens or body.max_tokens
     limit = default_tokens(caller.tenant.limits, given, MAX_DEFAULT_CHAT_TOKENS)
     num_bytes = sum(len(message["content"].encode()) for message in messages)
-    with await admit(state, caller, target, num_bytes, body.n or 1, limit) as bill:
-        prompt = await state.engine.tokenising(partial(_template, state, messages))
+    if not state.engine.has_chat_template:
+        raise RequestError(422, "the model has no chat template; use /v1/completions")
+    admitted = await admit(state, caller, target, num_bytes, body.n or 1, limit)
+    limited_by = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    with _in_openais_words("messages", limited_by if given else None), admitted as bill:
+        prompt = await state.engine.tokenise(messages, target.members, given or 1, caller.tenant.name)
         if given is None:
             limit = max(1, min(limit, state.engine.max_new_tokens(target.members, len(prompt))))
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -125,22 +131,35 @@ async def _target(state: AppState, caller: Caller, name: str, session: str | Non
         raise RequestError(404, f"the model {name[:140]!r} does not exist", "model") from error
 
 
-def _template(state: AppState, messages: list[dict[str, str]]) -> list[int]:
-    tokenizer = state.engine.tokenizer
-    if not tokenizer.chat_template:
-        raise RequestError(422, "the model has no chat template; use /v1/completions")
+@contextmanager
+def _in_openais_words(read: str, limited_by: str | None) -> Iterator[None]:
+    """Tell a caller whose prompt, in the field `read`, is too long what OpenAI would. `limited_by`: the field, if one
+    was given, that the length of the answer comes from. Raises RequestError."""
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template raises what it likes for a conversation that it does not know
-        raise RequestError(422, f"the model's chat template refuses these messages: {error}", "messages") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        yield
+    except ContextLengthError as error:
+        num_all = error.num_virtual + error.num_read + error.num_new
+        parts = {
+            "of the task": error.num_virtual,
+            "at the answer's start" if error.reads_start else f"in the {read}": error.num_read,
+            "in the completion": error.num_new,
+        }
+        counts = ", ".join(f"{count} {where}" for where, count in parts.items() if count)
+        raise RequestError(
+            400,
+            f"This model's maximum context length is {error.limit} tokens. However, you requested "
+            f"{'at least ' if error.is_least else ''}{num_all} tokens ({counts}). "
+            f"Please reduce the length of the {read} or completion.",
+            limited_by if error.fits_without_answer and limited_by else read,
+            code="context_length_exceeded",
+        ) from error
 
 
 async def _answer(
     request: Request,
     state: AppState,
     body: OpenAIRequest,
-    prompt: str | list[int],
+    prompt: list[int],
     max_new_tokens: int,
     num_top_logprobs: int | None,
     kind: str,

@@ -35,13 +35,14 @@ async def readyz(state: State) -> dict[str, str]:
 
 @router.get("/info", summary="What is served")
 async def info(state: State) -> dict[str, Any]:
-    """The model, its fingerprint, what its generation config gives requests, and the limits."""
+    """The model, its fingerprint, what its generation config gives requests, how texts are read, and the limits."""
     shape, settings, stats = state.engine.shape, state.settings, state.engine.stats()
     return {
         "model_id": shape.model_name,
         "model_aliases": list(shape.model_aliases),
         "model_dtype": str(shape.dtype).removeprefix("torch."),
         "quantize": settings.quantize,
+        "special_tokens_in_text": settings.special_tokens_in_text,
         "generation_config": dict(state.defaults.in_force),
         "model_device_type": settings.device.partition(":")[0],
         "fingerprint": shape.fingerprint,
