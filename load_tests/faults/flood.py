@@ -88,8 +88,8 @@ def main() -> None:
             "a chat of 100,000 messages": ("/v1/chat/completions", chat(model, 70_000, 22)),
             "4 MB of brackets": ("/generate", b"[" + b"[]," * (JSON_BYTES // 3 - 1) + b"[]]"),
         }
-        for number in range(NUM_ASKED):
-            ask(server, quiet, number)
+        alone_s = statistics.median([ask(server, quiet, number)[1] for number in range(NUM_ASKED)])
+        print(f"alone: median {alone_s:.3f} s, refused unread from {below + 1} characters on", flush=True)
         before = server.served.memory_bytes
         for name, (path, body) in bodies.items():
             if arguments.only not in (None, name):

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.auth import needed_scope
-from server.api.bodies import Body, BodyMemory
+from server.api.bodies import Body, BodyMemory, BodyPace
 from server.api.errors import RequestError, error_response
 from server.api.state import DRAIN_RETRY_S, AppState
 from server.config import is_loopback
@@ -37,6 +37,7 @@ class Gate:
         self.app = app
         self._state = state
         self.json_bodies = BodyMemory(MAX_JSON_MEMORY)
+        self.pace = BodyPace()
         self.uploads = BodyMemory(MAX_UPLOADS_HELD * int(state.settings.max_upload_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +54,7 @@ class Gate:
         is_upload = method == "PUT" and path.startswith(UPLOADS) and kind != "application/json"
         max_bytes = int(self._state.settings.max_upload_bytes) if is_upload else MAX_JSON_BYTES
         memory = self.uploads if is_upload else self.json_bodies
-        body = Body(receive, memory, max_bytes, is_whole=not _has_body(headers))
+        body = Body(receive, memory, max_bytes, self.pace, is_whole=not _has_body(headers))
         has_started = False
 
         async def send_with_id(message: Message) -> None:
@@ -75,6 +76,9 @@ class Gate:
             response = error_response(path, error.status, str(error), headers=error.headers)
             await response(scope, receive, send_with_id)
             return
+        if not is_upload:
+            caller = scope["state"].get("caller")
+            body.tenant = "" if caller is None else caller.tenant.name
         counted = path not in UNCOUNTED
         self._state.num_active += counted
         try:
