@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from server.cli import app
 
 
 def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a text stays in the thread that was chosen for it
     app()
 
 

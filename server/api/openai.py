@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from prefix_store.errors import NotFoundError
-from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
+from server.api.answers import Answer, EventStream, answer_headers, start_answers, tokenised, while_connected
 from server.api.auth import Asking, Caller
 from server.api.bill import Bill, admit
 from server.api.errors import OPENAI_ERRORS, RequestError, also, openai_error, status_of
@@ -67,8 +67,7 @@ async def completions(
     limit = default_tokens(caller.tenant.limits, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
     admitted = await admit(state, caller, target, len(body.text.encode()), body.n or 1, limit)
     with _in_openais_words("prompt", "max_tokens" if body.max_tokens else None), admitted as bill:
-        prompt = await state.engine.tokenise(body.text, target.members, limit, caller.tenant.name)
-        return await _answer(request, state, body, prompt, limit, body.logprobs, "text_completion", bill)
+        return await _answer(request, state, body, body.text, limit, body.logprobs, "text_completion", bill)
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation", responses=also(EventStream.media_type))
@@ -86,7 +85,7 @@ async def chat_completions(
     admitted = await admit(state, caller, target, num_bytes, body.n or 1, limit)
     limited_by = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
     with _in_openais_words("messages", limited_by if given else None), admitted as bill:
-        prompt = await state.engine.tokenise(messages, target.members, given or 1, caller.tenant.name)
+        prompt = await tokenised(state, request, messages, given or 1, bill)
         if given is None:
             limit = max(1, min(limit, state.engine.max_new_tokens(target.members, len(prompt))))
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -159,7 +158,7 @@ async def _answer(
     request: Request,
     state: AppState,
     body: OpenAIRequest,
-    prompt: list[int],
+    prompt: str | list[int],
     max_new_tokens: int,
     num_top_logprobs: int | None,
     kind: str,

@@ -167,16 +167,15 @@ class AsyncEngine:
             for prefixes in members:
                 check_context(self.shape, prefixes, num_tokens, num_start, max_new_tokens, is_least=is_least)
 
+        num_characters = _num_characters(text)
         if isinstance(text, str):
-            num_characters = len(text)
             check(self._prompts.least_tokens(text), True)
             work = partial(self._prompts.ids, text, check)
         else:
-            num_characters = sum(len(value) for message in text for value in message.values())
             work = partial(self._prompts.chat_ids, text, check)
         num_tokens = min(num_characters // 4 + 1, self.max_context)
         places = self._places
-        if num_characters > LONG_TEXT:
+        if self.takes_long(text):
             self._places.check(tenant_id, num_tokens)
             places = self._long_texts
         text_id = f"text {next(self._text_ids)}"
@@ -185,6 +184,10 @@ class AsyncEngine:
             return await asyncio.wrap_future(self._lanes.submit(tenant_id, num_characters, work))
         finally:
             places.leave(text_id)
+
+    def takes_long(self, text: str | list[Message]) -> bool:
+        """Whether to tokenise it may take seconds."""
+        return _num_characters(text) > LONG_TEXT
 
     @property
     def has_chat_template(self) -> bool:
@@ -368,3 +371,9 @@ class AsyncEngine:
             self._request_metrics.observe(output, now)
             if output.is_last:
                 self._forget(request_id)
+
+
+def _num_characters(text: str | list[Message]) -> int:
+    if isinstance(text, str):
+        return len(text)
+    return sum(len(value) for message in text for value in message.values())

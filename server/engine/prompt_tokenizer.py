@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 
 from server.engine.errors import ChatRefusedError, ModelRefusedError
 from server.engine.token_bound import has_plain_backend, token_bound
+from server.engine.token_texts import special_token_ids
 
 Message = dict[str, str]
 CheckLength = Callable[[int, bool], None]  # of a number of tokens, or (True) of at least so many; raises
@@ -167,11 +168,11 @@ def _splitting(tokenizer: Any) -> Any:
 
 def _check_splits(tokenizer: Any) -> None:
     """Raises ModelRefusedError for a tokenizer whose model knows a control token's name as a piece of plain text."""
-    control = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for name in control.values():
+    control = special_token_ids(tokenizer) - {tokenizer.unk_token_id}
+    for name in tokenizer.convert_ids_to_tokens(sorted(control)):
         for around in AROUND:
             found = tokenizer(around.format(name), add_special_tokens=False)["input_ids"]
-            if read := {*found} & control.keys() - {tokenizer.unk_token_id}:
+            if read := control.intersection(found):
                 raise ModelRefusedError(
                     f"special-tokens-in-text split: {name!r} must read as plain text, this tokenizer's vocabulary "
                     f"makes control token {min(read)} of it; use allow"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from server.engine.errors import EngineError
 from server.engine.fair_queue import FairQueue
 from server.engine.tenant_policy import TenantPolicies
-from server.engine.threads import workers
+from server.engine.threads import give_way, use_one_thread
 
 LONG_TEXT = 32 * 1024  # characters; tokenising such a text takes some tens of milliseconds
 T = TypeVar("T")
@@ -33,8 +33,8 @@ class TextLanes:
     """A lane for short texts and one for long ones: a long text keeps no short one waiting."""
 
     def __init__(self, policies: TenantPolicies) -> None:
-        self._short = Lane(policies, "tokenise", gives_memory_back=False)
-        self._long = Lane(policies, "tokenise-long", gives_memory_back=True)
+        self._short = Lane(policies, "tokenise", is_long=False)
+        self._long = Lane(policies, "tokenise-long", is_long=True)
 
     def submit(self, tenant_id: str, num_characters: int, work: Callable[[], T]) -> Future[T]:
         """Run `work` in its lane when it is the tenant's turn. A future that is cancelled before is passed over."""
@@ -50,13 +50,13 @@ class TextLanes:
 
 class Lane:
     """One thread, and the texts that wait for it. The turn is with the tenant that has had the fewest characters
-    tokenised, by weight."""
+    tokenised, by weight. The thread of long texts leaves the cores to the steps, and gives memory back."""
 
-    def __init__(self, policies: TenantPolicies, name: str, *, gives_memory_back: bool) -> None:
+    def __init__(self, policies: TenantPolicies, name: str, *, is_long: bool) -> None:
         self._waiting: FairQueue[Text] = FairQueue(policies)
         self._lock = threading.Lock()
-        self._worker = workers(1, name)
-        self._gives_memory_back = gives_memory_back
+        self._worker = ThreadPoolExecutor(1, name, initializer=give_way if is_long else use_one_thread)
+        self._is_long = is_long
 
     def put(self, text: Text) -> None:
         with self._lock:
@@ -83,7 +83,7 @@ class Lane:
             text.future.set_exception(error)
         else:
             text.future.set_result(found)
-        if self._gives_memory_back:
+        if self._is_long:
             give_memory_back()
 
 
