@@ -31,6 +31,7 @@ from server.engine.token_texts import TokenTexts
 router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
 DEFAULT_COMPLETION_TOKENS, MAX_DEFAULT_CHAT_TOKENS = 16, 512
 PLACEHOLDERS = ("dummy", "tgi")  # what clients made for TGI send where the URL alone names the model
+TOO_LONG = "context_length_exceeded"
 DONE = "data: [DONE]\n\n"
 
 
@@ -148,9 +149,9 @@ def _in_openais_words(read: str, limited_by: str | None) -> Iterator[None]:
             400,
             f"This model's maximum context length is {error.limit} tokens. However, you requested "
             f"{'at least ' if error.is_least else ''}{num_all} tokens ({counts}). "
-            f"Please reduce the length of the {read} or completion.",
+            f"Please reduce the length of the {read} or completion ({TOO_LONG}).",  # langchain reads the text alone
             limited_by if error.fits_without_answer and limited_by else read,
-            code="context_length_exceeded",
+            code=TOO_LONG,
         ) from error
 
 

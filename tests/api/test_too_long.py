@@ -54,6 +54,7 @@ def test_too_long_is_told_as_openai_does(served: Served, path: str, body: dict[s
     assert error["type"] == "invalid_request_error"
     start = f"This model's maximum context length is {LIMIT} tokens. However, you requested "
     assert error["message"].startswith(start)
+    assert "context_length_exceeded" in error["message"]  # langchain-openai looks for it there
     num_asked = int(error["message"].removeprefix(start).removeprefix("at least ").split()[0])
     assert num_asked > LIMIT
     assert answer.headers["x-should-retry"] == "false"
