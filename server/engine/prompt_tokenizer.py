@@ -80,15 +80,17 @@ class SplitChat:
         self._edge = f"{EDGE}{nonce}{EDGE}"
         self._names = [token.content for token in control.values()]
         self._pattern = re.compile("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or r"(?!)")
-        self._taken_out = [f"{EDGE}{nonce}{CONTROL}{index}{EDGE}" for index in range(len(control))]
-        self._written = [f"{CONTROL}{nonce}{CONTROL}{index}{CONTROL}" for index in range(len(control))]
+        self._taken_out = {name: f"{EDGE}{nonce}{CONTROL}{index}{EDGE}" for index, name in enumerate(self._names)}
+        self._taken_out_pattern = re.compile(f"{EDGE}{nonce}{CONTROL}([0-9]+){EDGE}")
+        self._written = {name: f"{CONTROL}{nonce}{CONTROL}{index}{CONTROL}" for index, name in enumerate(self._names)}
         marked = _splitting(tokenizer)
         first_id = len(marked)
-        for written, token in zip(self._written, control.values(), strict=True):
+        for token in control.values():
             strips = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+            written = self._written[token.content]
             marked.add_tokens(AddedToken(written, normalized=token.normalized, special=False, **strips))
         self._ids = _reader(marked)
-        self._control_ids = dict(zip(marked.convert_tokens_to_ids(self._written), control, strict=True))
+        self._control_ids = dict(zip(marked.convert_tokens_to_ids([*self._written.values()]), control, strict=True))
         assert min(self._control_ids, default=first_id) >= first_id
         self._check()
 
@@ -107,7 +109,7 @@ class SplitChat:
         def written(match: re.Match[str]) -> str:
             nonlocal num_written
             num_written += 1
-            return self._written[self._names.index(match[0])]
+            return self._written[match[0]]
 
         marked = self._pattern.sub(written, rendered)
         ids = self._ids(self._restored(marked.replace(self._edge, "")), check, add_special_tokens=False)
@@ -126,13 +128,11 @@ class SplitChat:
         if not core:
             return text
         start = text.index(core)
-        taken_out = self._pattern.sub(lambda match: self._taken_out[self._names.index(match[0])], core)
+        taken_out = self._pattern.sub(lambda match: self._taken_out[match[0]], core)
         return f"{text[:start]}{self._edge}{taken_out}{self._edge}{text[start + len(core) :]}"
 
     def _restored(self, text: str) -> str:
-        for name, taken_out in zip(self._names, self._taken_out, strict=True):
-            text = text.replace(taken_out, name)
-        return text
+        return self._taken_out_pattern.sub(lambda match: self._names[int(match[1])], text)
 
     def _check(self) -> None:
         """A chat without control tokens must read as it does without `split`, one with them must have no more."""

@@ -64,6 +64,9 @@ class Lane:
         self._worker.submit(self._run_next)
 
     def shutdown(self) -> None:
+        with self._lock:
+            for text in self._waiting:
+                text.future.cancel()
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _run_next(self) -> None:

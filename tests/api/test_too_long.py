@@ -12,6 +12,7 @@ from server.model_files import ModelFiles
 from server.start import make_state
 from tests.byte_model import HEAD_DIM, KV_HEADS, LAYERS
 from tests.conftest import NAME, Served, make_tenant, native, serve_in_thread, settings_for
+from tests.tiny_models import SEQ2SEQ_FAMILIES, letter_tokenizer, seq2seq_model
 
 LIMIT = 256
 LONG, GIANT = "x" * 300, "x" * 4_000_000
@@ -89,6 +90,19 @@ def test_longer_than_the_memory_can_hold_is_too_long(small: Served) -> None:
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
         assert "maximum context length is 96 tokens" in error["message"]
+
+
+def test_an_encoders_limit_and_a_decoders_are_told_apart(tmp_path: Path) -> None:
+    seq2seq_model(SEQ2SEQ_FAMILIES["bart"]()).save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    settings = settings_for(tmp_path / "data", kv_bytes=2**22)
+    letter = chr(0x105)
+    for served in serve_in_thread(make_state(settings, ModelFiles(tmp_path / "model", NAME))):
+        for prompt, max_tokens, param in ((letter * 300, 2, "prompt"), (letter, 300, "max_tokens")):
+            answer = served.http.post(TEXT, json=text(prompt, max_tokens=max_tokens))
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+            assert "maximum context length is 256 tokens. However, you requested 30" in error["message"]
 
 
 def test_more_answers_than_the_queue_holds_are_not_asked_again(small: Served) -> None:
