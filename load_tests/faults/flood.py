@@ -1,6 +1,6 @@
 """A tenant that loops giant prompts: what the requests beside them wait, and what memory is left afterwards.
 
-    PYTHONPATH=load_tests python -m faults.flood [--seconds 20] [--threads 6] [--only NAME] [--model PATH]
+    PYTHONPATH=load_tests python -m faults.flood [--seconds 60] [--threads 6] [--only NAME] [--model PATH]
 
 For each kind of giant body `--threads` connections of one tenant send it again and again for at most `--seconds`,
 while the same tenant and another one ask for one token `NUM_ASKED` times each. Held to: every one of these is answered,
@@ -68,7 +68,7 @@ def ask(server: Keyed, key: str, number: int) -> tuple[int, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--threads", type=int, default=6)
     parser.add_argument("--only", help="one kind of body")
     parser.add_argument("--model", help="a folder; none: the default model")
