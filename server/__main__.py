@@ -8,7 +8,7 @@ from server.cli import app
 
 
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a text stays in the thread that was chosen for it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # in one pool a short text would wait for a long one
     app()
 
 

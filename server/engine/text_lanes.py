@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from server.engine.errors import EngineError
 from server.engine.fair_queue import FairQueue
 from server.engine.tenant_policy import TenantPolicies
-from server.engine.threads import give_way, use_one_thread
+from server.engine.threads import workers
 
 LONG_TEXT = 32 * 1024  # characters; tokenising such a text takes some tens of milliseconds
 T = TypeVar("T")
@@ -50,12 +50,15 @@ class TextLanes:
 
 class Lane:
     """One thread, and the texts that wait for it. The turn is with the tenant that has had the fewest characters
-    tokenised, by weight. The thread of long texts leaves the cores to the steps, and gives memory back."""
+    tokenised, by weight. After a long text memory is given back.
+
+    The thread has the priority of all others: one of a lower priority that holds Python's lock would stop the server.
+    """
 
     def __init__(self, policies: TenantPolicies, name: str, *, is_long: bool) -> None:
         self._waiting: FairQueue[Text] = FairQueue(policies)
         self._lock = threading.Lock()
-        self._worker = ThreadPoolExecutor(1, name, initializer=give_way if is_long else use_one_thread)
+        self._worker = workers(1, name)
         self._is_long = is_long
 
     def put(self, text: Text) -> None:

@@ -8,15 +8,10 @@ have a number for the whole process, `torch.set_num_threads`, which would end th
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-
-NICENESS = 10
 
 
 def load_openmp() -> ctypes.CDLL | None:
@@ -32,13 +27,6 @@ def use_one_thread() -> None:
     openmp = load_openmp()
     if openmp is not None:
         openmp.omp_set_num_threads(1)
-
-
-def give_way() -> None:
-    """The calling thread computes alone, and only what the others leave of the cores."""
-    use_one_thread()
-    if sys.platform == "linux":  # elsewhere it is the whole process that has a niceness
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def workers(num_threads: int, name: str) -> ThreadPoolExecutor:
