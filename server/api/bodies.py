@@ -68,7 +68,7 @@ class Body:
         self._receive = receive
         self._memory = memory
         self._max_bytes = max_bytes
-        self._num_bytes = 0
+        self.num_bytes = 0
         self._num_held = 0
         self._started_s = asyncio.get_running_loop().time()
         self._is_late = False
@@ -79,27 +79,27 @@ class Body:
         503 when there are too many, 429 when its tenant sends more large ones than are read."""
         if self.is_whole:
             return await self._receive()
-        due_s = self._started_s + GRACE_S + self._num_bytes / MIN_BYTES_PER_S
+        due_s = self._started_s + GRACE_S + self.num_bytes / MIN_BYTES_PER_S
         try:
             async with asyncio.timeout_at(due_s):
                 message = await self._receive()
         except TimeoutError:
             self._is_late = True
             raise HTTPException(
-                408, f"the body must come at {MIN_BYTES_PER_S} bytes/s after {GRACE_S:g} s, got {self._num_bytes} bytes"
+                408, f"the body must come at {MIN_BYTES_PER_S} bytes/s after {GRACE_S:g} s, got {self.num_bytes} bytes"
             ) from None
         self.is_whole = message["type"] != "http.request" or not message.get("more_body", False)
         content = message.get("body", b"")
         num_bytes = len(content)
-        self._num_bytes += num_bytes
-        if self._num_bytes > self._max_bytes:
+        self.num_bytes += num_bytes
+        if self.num_bytes > self._max_bytes:
             raise HTTPException(413, f"the body must be <= {self._max_bytes} bytes, got more")
         self._memory.take(num_bytes)
         self._num_held += num_bytes
         if self.tenant is not None:
             self._num_containers += content.count(b"[") + content.count(b"{")
-            if self.is_whole and self._num_bytes > FREE_BYTES:
-                cost = self._num_bytes + CONTAINER_BYTES * self._num_containers
+            if self.is_whole and self.num_bytes > FREE_BYTES:
+                cost = self.num_bytes + CONTAINER_BYTES * self._num_containers
                 await asyncio.sleep(self._pace.reserve(self.tenant, cost))
         return message
 

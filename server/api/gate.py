@@ -3,6 +3,7 @@ count for draining."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from contextlib import suppress
@@ -18,11 +19,13 @@ from server.api.bodies import Body, BodyMemory, BodyPace
 from server.api.errors import RequestError, error_response
 from server.api.state import DRAIN_RETRY_S, AppState
 from server.config import is_loopback
+from server.engine.text_lanes import give_memory_back
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 KEY_NAMES = {"key", "api_key", "api-key", "apikey", "token", "access_token", "authorization"}
 MAX_JSON_BYTES = 4 * 2**20
 MAX_JSON_MEMORY = 64 * MAX_JSON_BYTES
+LARGE_BYTES = 2**20  # of JSON, after which freed memory is given back
 MAX_UPLOADS_HELD = 2  # of the largest size
 UPLOADS = "/v1/prefixes/"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -92,6 +95,8 @@ class Gate:
             await error_response(path, 500, "the server failed; its log has the reason")(scope, receive, send_with_id)
         finally:
             body.release()
+            if body.tenant is not None and body.num_bytes > LARGE_BYTES:
+                asyncio.get_running_loop().run_in_executor(None, give_memory_back)
             self._state.num_active -= counted
 
     def _check(self, scope: Scope, headers: Headers, max_bytes: int) -> None:
