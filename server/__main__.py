@@ -11,6 +11,7 @@ from server.logs import quiet_libraries
 def main() -> None:
     os.umask(os.umask(0) | 0o022)  # whatever is made here, others never write it
     quiet_libraries()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # in one pool a short text would wait for a long one
     app()
 
 

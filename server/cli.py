@@ -56,6 +56,9 @@ def serve(
     generation_config: Annotated[
         str | None, typer.Option(help="auto: requests have the model's own defaults; none: they have not.")
     ] = None,
+    special_tokens_in_text: Annotated[
+        str | None, typer.Option(help="allow: control tokens in texts are control tokens; split: they are plain text.")
+    ] = None,
     kv_bytes: Annotated[str | None, typer.Option(help="As 2GiB.")] = None,
     prefix_bytes: str | None = None,
     max_rows: int | None = None,

@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     generation_config: Literal["auto", "none"] = Field(
         default="auto", description="Defaults of requests from the model's own; none: its EOS and start tokens alone."
     )
+    special_tokens_in_text: Literal["allow", "split"] = Field(
+        default="allow", description="Control tokens in callers' texts: as in transformers, or as plain text."
+    )
     kv_bytes: ByteSize | None = Field(
         default=None, gt=0, description="KV memory of the rows' text; none: from max_rows."
     )

@@ -124,7 +124,13 @@ def make_state(settings: Settings, files: ModelFiles) -> AppState:
     metrics = Metrics()
     return AppState(
         settings=settings,
-        engine=AsyncEngine(engine, tokenizer, metrics, max_queued=settings.max_queued),
+        engine=AsyncEngine(
+            engine,
+            tokenizer,
+            metrics,
+            max_queued=settings.max_queued,
+            control_tokens=settings.special_tokens_in_text,
+        ),
         store=store,
         registry=registry,
         keys=keys,

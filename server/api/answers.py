@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from server.api.bill import Bill
 from server.api.errors import RequestError
 from server.api.state import AppState
+from server.engine.chat_template import Messages
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, TokenOutput
@@ -53,18 +54,31 @@ class Answer:
         return [*self.had, *await self.stream.rest()]
 
 
+async def tokenised(
+    state: AppState, request: Request, text: str | Messages, max_new_tokens: int, bill: Bill
+) -> list[int]:
+    """The ids of a prompt or a conversation. Raises as `AsyncEngine.tokenise`; a long text is given up when its caller
+    disconnects."""
+    work = state.engine.tokenise(text, bill.target.members, max_new_tokens, bill.caller.tenant.name)
+    return await (while_connected(request, work) if state.engine.takes_long(text) else work)
+
+
 async def start_answers(
     state: AppState, request: Request, prompt: str | list[int], params: list[SamplingParams], bill: Bill
 ) -> list[Answer]:
     """Start one answer for each of `params`, all or none, and wait for their first tokens, or where members vote for
     their last. Raises the engine's errors."""
+    if isinstance(prompt, list):
+        token_ids = prompt
+    else:
+        token_ids = await tokenised(state, request, prompt, params[0].max_new_tokens, bill)
+    state.engine.check_answers(bill.num_streams, len(token_ids))
     streams: list[RequestStream] = []
     target, tenant = bill.target, bill.caller.tenant.name
 
     async def admit(one: SamplingParams, members: tuple[Composition, ...]) -> RequestStream:
-        text = streams[0].prompt_token_ids if streams else prompt  # it is tokenised once
         row_id = state.row_id(request.state.request_id)
-        stream = await state.engine.generate(text, one, members, row_id, tenant)
+        stream = await state.engine.generate(token_ids, one, members, row_id, tenant)
         streams.append(stream)
         bill.watch(stream)
         return stream

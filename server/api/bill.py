@@ -12,9 +12,10 @@ from prefix_store.errors import PrefixStoreError, in_full
 from prefix_store.usage import Usage
 from server.api.auth import Caller
 from server.api.errors import RequestError
-from server.api.limits import Grant, check_request, estimate
+from server.api.limits import BYTES_PER_TOKEN, Grant, check_request, estimate
 from server.api.metering import today
 from server.api.state import AppState, Target, named
+from server.engine.errors import ContextLengthError
 from server.engine.request_stream import RequestStream
 
 log = structlog.get_logger()
@@ -22,15 +23,18 @@ log = structlog.get_logger()
 
 class Bill:
     """Open until its `with` is left and every stream that it watches has ended: then tokens are settled, usage is
-    counted and a version's fault noted."""
+    counted and a version's fault noted. A prompt that was tokenised and is too long costs the tenant's rate as much as
+    the longest that fits."""
 
-    def __init__(self, state: AppState, caller: Caller, target: Target, grant: Grant) -> None:
+    def __init__(self, state: AppState, caller: Caller, target: Target, grant: Grant, num_streams: int) -> None:
         self.caller = caller
         self.target = target
+        self.num_streams = num_streams  # that its answers need at once
         self._state = state
         self._grant = grant
         self._streams: list[RequestStream] = []
         self._num_open = 1  # itself
+        self._num_refused_tokens = 0
         self._ending: asyncio.Task[None] | None = None
 
     @property
@@ -49,6 +53,8 @@ class Bill:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, ContextLengthError) and not error.is_least:
+            self._num_refused_tokens = min(error.num_read, error.limit)
         self._close_one()
 
     def _close_one(self) -> None:
@@ -58,7 +64,8 @@ class Bill:
             self._ending = asyncio.get_running_loop().create_task(self._settle())
 
     async def _settle(self) -> None:
-        num_tokens = sum(s.num_rows * (s.num_prompt_tokens + s.num_generated_tokens) for s in self._streams)
+        num_tokens = self._num_refused_tokens
+        num_tokens += sum(s.num_rows * (s.num_prompt_tokens + s.num_generated_tokens) for s in self._streams)
         try:
             await self._state.limits.settle(self._grant, num_tokens)
             if len(self.target.versions) == 1 and self._is_faulty and not self._state.is_draining:
@@ -108,16 +115,18 @@ async def admit(
     state: AppState, caller: Caller, target: Target, num_prompt_bytes: int, num_answers: int, max_new_tokens: int
 ) -> Bill:
     """Before a prompt is tokenised. Raises RequestError 422 for what the tenant may never ask, 429 beyond its rates,
-    OverloadedError or TenantQueueFullError for a
-    full queue."""
+    TooManyAnswersError, OverloadedError or TenantQueueFullError for a full queue."""
     num_virtual_tokens = sum(ref.layout.num_virtual_tokens for refs in target.members for ref in refs)
     num_rows = len(target.members)
-    check_request(caller.tenant.limits, num_rows, max_new_tokens, num_virtual_tokens)
+    num_streams = num_answers * (num_rows if target.rule == "vote" else 1)
+    check_request(caller.tenant.limits, num_rows, max_new_tokens, num_virtual_tokens, num_streams)
+    state.engine.check_answers(num_streams, 0)
     state.engine.check_queue(caller.tenant.name)
-    num_tokens = estimate(num_prompt_bytes, num_answers, max_new_tokens, num_rows)
+    num_prompt_tokens = min(num_prompt_bytes // BYTES_PER_TOKEN + 1, state.engine.max_context)
+    num_tokens = estimate(num_prompt_tokens, num_answers, max_new_tokens, num_rows)
     try:
         grant = await state.limits.admit(caller.tenant, num_tokens)
     except RequestError:
         state.metrics.rejected("rate_limit")
         raise
-    return Bill(state, caller, target, grant)
+    return Bill(state, caller, target, grant, num_streams)

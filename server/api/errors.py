@@ -18,6 +18,8 @@ from server.engine import errors as engine_errors
 
 TGI_PATHS = ("/", "/generate", "/generate_stream")
 RETRY_S = 1
+NO_RETRY = {"x-should-retry": "false"}  # read by OpenAI's clients, which else try again after 408, 409, 429 and 5xx
+TRANSIENT = (408, 424, 425, 429, 500, 502, 503, 504)  # where a second try may succeed, unless `NO_RETRY` is given
 MAX_MESSAGE = 1000  # characters; what a caller sent may stand in it
 OPENAI_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
 log = structlog.get_logger()
@@ -36,14 +38,21 @@ def also(media_type: str) -> Responses:
 
 
 class RequestError(Exception):
-    """What a caller got wrong: `status`, the text, the field it concerns, and headers of the answer."""
+    """What a caller got wrong: `status`, the text, the field it concerns, OpenAI's `code`, the answer's headers."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, *, headers: dict[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        *,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
         self.headers = headers or {}
 
 
@@ -62,6 +71,8 @@ STATUSES: dict[type[Exception], int] = {
     store_errors.StorageFullError: 507,
     store_errors.UnavailableError: 503,
     engine_errors.PromptTooLongError: 422,
+    engine_errors.ChatRefusedError: 422,
+    engine_errors.TooManyAnswersError: 422,
     engine_errors.UnknownTokenError: 422,
     engine_errors.OverloadedError: 503,
     engine_errors.TenantBusyError: 429,
@@ -86,15 +97,27 @@ def tgi_type(status: int) -> str:
 
 
 def error_response(
-    path: str, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
+    path: str,
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """The body that callers of `path` expect."""
+    """The body that callers of `path` expect. What a second try would not mend says so."""
     message, param = _sendable(message), param and _sendable(param)
+    headers = (headers or {}) | ({} if status in TRANSIENT else NO_RETRY)
+    is_final = headers.keys() >= NO_RETRY.keys()
     if path in TGI_PATHS:
-        return JSONResponse({"error": message, "error_type": tgi_type(status)}, status, headers)
+        kind = tgi_type(422 if is_final and status in TRANSIENT else status)
+        return JSONResponse({"error": message, "error_type": kind}, status, headers)
     if path.startswith(OPENAI_PATHS):
         status = 400 if status == 422 else status
-        return JSONResponse({"error": openai_error(status, message, param)}, status, headers)
+        error = openai_error(status, message, param, code)
+        if is_final:
+            error["type"] = "invalid_request_error"
+        return JSONResponse({"error": error}, status, headers)
     problem = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": message}
     return JSONResponse(problem, status, headers, media_type="application/problem+json")
 
@@ -104,9 +127,10 @@ def _sendable(text: str) -> str:
     return escaped(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…")
 
 
-def openai_error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def openai_error(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """`code`: where it is not told by the status."""
     kind = "invalid_request_error" if status < 500 and status not in (424, 429) else "server_error"
-    code = {
+    code = code or {
         401: "invalid_api_key",
         403: "permission_denied",
         404: "model_not_found",
@@ -133,12 +157,12 @@ def install(app: FastAPI) -> None:
             log.warning("refused", status=status, path=request.url.path, reason=store_errors.in_full(error))
         if status == 401:
             headers.setdefault("WWW-Authenticate", "Bearer")
-        if status in (429, 503):
+        if status in (429, 503) and not headers.keys() & NO_RETRY:
             headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
         if isinstance(error, store_errors.MemberError):
             error = error.seen_by(request.state.caller.allows_task)
-        param = getattr(error, "param", None)
-        return error_response(request.url.path, status, str(error), param=param, headers=headers)
+        param, code = getattr(error, "param", None), getattr(error, "code", None)
+        return error_response(request.url.path, status, str(error), param=param, code=code, headers=headers)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

@@ -3,6 +3,7 @@ count for draining."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from contextlib import suppress
@@ -14,15 +15,17 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.auth import needed_scope
-from server.api.bodies import Body, BodyMemory
+from server.api.bodies import Body, BodyMemory, BodyPace
 from server.api.errors import RequestError, error_response
 from server.api.state import DRAIN_RETRY_S, AppState
 from server.config import is_loopback
+from server.engine.text_lanes import give_memory_back
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 KEY_NAMES = {"key", "api_key", "api-key", "apikey", "token", "access_token", "authorization"}
 MAX_JSON_BYTES = 4 * 2**20
 MAX_JSON_MEMORY = 64 * MAX_JSON_BYTES
+LARGE_BYTES = 2**20  # of JSON, after which freed memory is given back
 MAX_UPLOADS_HELD = 2  # of the largest size
 UPLOADS = "/v1/prefixes/"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -37,6 +40,7 @@ class Gate:
         self.app = app
         self._state = state
         self.json_bodies = BodyMemory(MAX_JSON_MEMORY)
+        self.pace = BodyPace()
         self.uploads = BodyMemory(MAX_UPLOADS_HELD * int(state.settings.max_upload_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +57,7 @@ class Gate:
         is_upload = method == "PUT" and path.startswith(UPLOADS) and kind != "application/json"
         max_bytes = int(self._state.settings.max_upload_bytes) if is_upload else MAX_JSON_BYTES
         memory = self.uploads if is_upload else self.json_bodies
-        body = Body(receive, memory, max_bytes, is_whole=not _has_body(headers))
+        body = Body(receive, memory, max_bytes, self.pace, is_whole=not _has_body(headers))
         has_started = False
 
         async def send_with_id(message: Message) -> None:
@@ -75,6 +79,9 @@ class Gate:
             response = error_response(path, error.status, str(error), headers=error.headers)
             await response(scope, receive, send_with_id)
             return
+        if not is_upload:
+            caller = scope["state"].get("caller")
+            body.tenant = "" if caller is None else caller.tenant.name
         counted = path not in UNCOUNTED
         self._state.num_active += counted
         try:
@@ -88,6 +95,8 @@ class Gate:
             await error_response(path, 500, "the server failed; its log has the reason")(scope, receive, send_with_id)
         finally:
             body.release()
+            if body.tenant is not None and body.num_bytes > LARGE_BYTES:
+                asyncio.get_running_loop().run_in_executor(None, give_memory_back)
             self._state.num_active -= counted
 
     def _check(self, scope: Scope, headers: Headers, max_bytes: int) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 
 from prefix_store.registry import Registry
 from prefix_store.tenants import Limits, Tenant
-from server.api.errors import RequestError
+from server.api.errors import NO_RETRY, RequestError
 
 MINUTE_S = 60.0
 BYTES_PER_TOKEN = 4
@@ -72,8 +72,9 @@ class RateLimits:
         if is_taken:
             return
         text = f"this tenant may have {limit} {bucket} a minute; wait {wait_s:.1f} s"
-        if amount > limit:  # never: clients that try again should not do so at once
-            wait_s, text = MINUTE_S, f"{amount} {bucket} at once are more than this tenant's {limit} a minute"
+        if amount > limit:
+            text = f"{amount} {bucket} at once are more than this tenant's {limit} a minute; it cannot be served"
+            raise RequestError(429, text, headers=grant.headers | NO_RETRY)
         headers = grant.headers | {"Retry-After": str(max(1, math.ceil(wait_s)))}
         raise RequestError(429, text, headers=headers)
 
@@ -83,9 +84,9 @@ class RateLimits:
         await asyncio.to_thread(give, tenant.name, bucket, -amount, limit, limit / MINUTE_S, time.monotonic())
 
 
-def estimate(num_prompt_bytes: int, num_answers: int, max_new_tokens: int, num_rows: int) -> int:
+def estimate(num_prompt_tokens: int, num_answers: int, max_new_tokens: int, num_rows: int) -> int:
     """Tokens that a request could take, before it is tokenised: of every row of every answer."""
-    return num_rows * num_answers * (num_prompt_bytes // BYTES_PER_TOKEN + 1 + max_new_tokens)
+    return num_rows * num_answers * (num_prompt_tokens + max_new_tokens)
 
 
 def default_tokens(limits: Limits, given: int | None, default: int) -> int:
@@ -95,12 +96,15 @@ def default_tokens(limits: Limits, given: int | None, default: int) -> int:
     return min(default, limits.max_new_tokens)
 
 
-def check_request(limits: Limits, num_rows: int, max_new_tokens: int, num_virtual_tokens: int) -> None:
+def check_request(
+    limits: Limits, num_rows: int, max_new_tokens: int, num_virtual_tokens: int, num_streams: int
+) -> None:
     """Raises RequestError 422 for what this tenant may never ask."""
     for name, largest, got in (
         ("rows of a request", limits.max_rows, num_rows),
         ("max_new_tokens", limits.max_new_tokens, max_new_tokens),
         ("virtual_tokens", limits.max_virtual_tokens, num_virtual_tokens),
+        ("answers of a request", limits.max_queued, num_streams),
     ):
         if largest is not None and got > largest:
             raise RequestError(422, f"{name} must be <= {largest} for this tenant, got {got}")

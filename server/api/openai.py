@@ -6,9 +6,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 
 from prefix_store.errors import NotFoundError
 from prefix_store.task import Task, Version
-from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
+from server.api.answers import Answer, EventStream, answer_headers, start_answers, tokenised, while_connected
 from server.api.auth import Asking, Caller
 from server.api.bill import Bill, admit
 from server.api.errors import OPENAI_ERRORS, RequestError, also, openai_error, status_of
@@ -25,15 +25,16 @@ from server.api.json_bodies import JSONRoute
 from server.api.limits import default_tokens
 from server.api.schemas import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
 from server.api.state import AppState, State, Target, named
-from server.engine.chat_template import passed_over
+from server.engine.chat_template import characters_in
 from server.engine.detokenizer import Place
-from server.engine.errors import EngineError
+from server.engine.errors import ContextLengthError, EngineError
 from server.engine.sequence import TokenOutput
 from server.engine.token_texts import TokenTexts
 
 router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS, route_class=JSONRoute)
 DEFAULT_COMPLETION_TOKENS, MAX_DEFAULT_CHAT_TOKENS = 16, 512
 PLACEHOLDERS = ("dummy", "tgi")  # what clients made for TGI send where the URL alone names the model
+TOO_LONG = "context_length_exceeded"
 DONE = "data: [DONE]\n\n"
 
 
@@ -70,7 +71,8 @@ async def completions(
     config says otherwise; `/generate` is greedy: `"temperature": 0` gives its answer here."""
     target = await _target(state, caller, body.model, session)
     limit = default_tokens(caller.tenant.limits, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
-    with await admit(state, caller, target, len(body.text.encode()), body.n or 1, limit) as bill:
+    admitted = await admit(state, caller, target, len(body.text.encode()), body.n or 1, limit)
+    with _in_openais_words("prompt", "max_tokens" if body.max_tokens else None), admitted as bill:
         return await _answer(request, state, body, body.text, limit, body.num_top_logprobs, "text_completion", bill)
 
 
@@ -85,9 +87,13 @@ async def chat_completions(
     messages = [message.as_template_input() for message in body.messages]
     given = body.max_completion_tokens or body.max_tokens
     limit = default_tokens(caller.tenant.limits, given, MAX_DEFAULT_CHAT_TOKENS)
-    num_bytes = sum(len(message.text.encode()) for message in body.messages)
-    with await admit(state, caller, target, num_bytes, body.n or 1, limit) as bill:
-        prompt = await state.engine.tokenising(partial(_template, state, messages))
+    num_bytes = sum(len(m["content"].encode()) + characters_in(m.get("tool_calls", [])) for m in messages)
+    if not state.engine.has_chat_template:
+        raise RequestError(422, "the model has no chat template; use /v1/completions")
+    admitted = await admit(state, caller, target, num_bytes, body.n or 1, limit)
+    limited_by = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    with _in_openais_words("messages", limited_by if given else None), admitted as bill:
+        prompt = await tokenised(state, request, messages, given or 1, bill)
         if given is None:
             limit = max(1, min(limit, state.engine.max_new_tokens(target.members, len(prompt))))
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -138,21 +144,28 @@ async def _target(state: AppState, caller: Caller, name: str, session: str | Non
         raise RequestError(404, f"the model {name[:140]!r} does not exist", "model") from error
 
 
-def _template(state: AppState, messages: list[dict[str, Any]]) -> list[int]:
-    tokenizer = state.engine.tokenizer
-    if not tokenizer.chat_template:
-        raise RequestError(422, "the model has no chat template; use /v1/completions")
-
-    def render(messages: list[dict[str, Any]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-
+@contextmanager
+def _in_openais_words(read: str, limited_by: str | None) -> Iterator[None]:
+    """Tell a caller whose prompt, in the field `read`, is too long what OpenAI would. `limited_by`: the field, if one
+    was given, that the length of the answer comes from. Raises RequestError."""
     try:
-        text = render(messages)
-    except Exception as error:  # a template raises what it likes for a conversation that it does not know
-        raise RequestError(422, f"the model's chat template refuses these messages: {error}", "messages") from error
-    if field := passed_over(render, messages, text):
-        raise RequestError(422, f"{field} has no place in the model's chat template", field)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        yield
+    except ContextLengthError as error:
+        num_all = error.num_virtual + error.num_read + error.num_new
+        parts = {
+            "of the task": error.num_virtual,
+            "at the answer's start" if error.reads_start else f"in the {read}": error.num_read,
+            "in the completion": error.num_new,
+        }
+        counts = ", ".join(f"{count} {where}" for where, count in parts.items() if count)
+        raise RequestError(
+            400,
+            f"This model's maximum context length is {error.limit} tokens. However, you requested "
+            f"{'at least ' if error.is_least else ''}{num_all} tokens ({counts}). "
+            f"Please reduce the length of the {read} or completion ({TOO_LONG}).",  # langchain reads the text alone
+            limited_by if error.fits_without_answer and limited_by else read,
+            code=TOO_LONG,
+        ) from error
 
 
 async def _answer(

@@ -39,8 +39,9 @@ async def readyz(state: State) -> dict[str, str]:
 
 @router.get("/info", summary="What is served")
 async def info(state: State, caller: Asking) -> dict[str, Any]:
-    """The model, its fingerprint, what its generation config gives requests, and the limits. `tasks` counts the
-    tenant's own tasks, an operator's key all; `tasks_incompatible` those of them that were stored for another model."""
+    """The model, its fingerprint, what its generation config gives requests, how texts are read, and the limits.
+    `tasks` counts the tenant's own tasks, an operator's key all; `tasks_incompatible` those of them that were stored
+    for another model."""
     counts = await asyncio.to_thread(state.store.count_tasks, None if caller.is_operator else caller.tenant.name)
     shape, settings, stats = state.engine.shape, state.settings, state.engine.stats()
     return {
@@ -48,6 +49,7 @@ async def info(state: State, caller: Asking) -> dict[str, Any]:
         "model_aliases": list(shape.model_aliases),
         "model_dtype": str(shape.dtype).removeprefix("torch."),
         "quantize": settings.quantize,
+        "special_tokens_in_text": settings.special_tokens_in_text,
         "generation_config": dict(state.defaults.in_force),
         "model_device_type": settings.device.partition(":")[0],
         "fingerprint": shape.fingerprint,

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
 
 from prefix_store.prefix import Layout, ModelShape, Prefix
+from server.engine.chat_template import Messages, characters_in
 from server.engine.context_limits import check_context, check_vocabulary, max_new_tokens
 from server.engine.detokenizer import Detokenizer
 from server.engine.engine import Engine, StepOutput
 from server.engine.engine_stats import EngineStats, stats_of
 from server.engine.errors import GenerationError, OverloadedError, PrefixFaultError
 from server.engine.kv_blocks import block_bytes, prefix_blocks
+from server.engine.prompt_tokenizer import ControlTokens, PromptTokenizer
 from server.engine.queue_places import QueuePlaces
 from server.engine.request_metrics import RequestMetrics
 from server.engine.request_stream import RequestStream
@@ -26,10 +30,12 @@ from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, PrefixRef, Sequence
 from server.engine.step_threads import StepThreads
 from server.engine.tenant_policy import TenantPolicy
+from server.engine.text_lanes import LONG_TEXT, TextLanes
 from server.engine.threads import workers
 from server.metrics import Metrics
 
 HEARTBEAT_S = 10.0
+MAX_LONG_TEXTS = 16  # that wait to be tokenised
 NUM_WORKERS = 32  # threads for what would block the event loop; look-ups pass while some wait for a hanging registry
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -38,7 +44,7 @@ log = structlog.get_logger()
 class AsyncEngine:
     """Owns the thread in which the engine lives. Every public coroutine may be called from the event loop only.
 
-    The bounds of the queue are checked before a prompt is tokenised, on an estimate of its tokens from its bytes.
+    The bounds of the queue are checked before a prompt is tokenised, on an estimate of its tokens from its characters.
     """
 
     def __init__(
@@ -49,15 +55,25 @@ class AsyncEngine:
         *,
         max_queued: int = 256,
         max_queued_tokens: int = 262_144,
+        control_tokens: ControlTokens = "allow",
     ) -> None:
         self._engine = engine
         self.tokenizer = tokenizer
+        self._prompts = PromptTokenizer(tokenizer, control_tokens)
         self._metrics = metrics
         self._places = QueuePlaces(engine.policies, metrics, max_queued=max_queued, max_queued_tokens=max_queued_tokens)
+        self._long_texts = QueuePlaces(
+            engine.policies,
+            metrics,
+            max_queued=MAX_LONG_TEXTS,
+            max_queued_tokens=MAX_LONG_TEXTS * self.max_context,
+            name="the queue of long texts",
+        )
+        self._text_ids = itertools.count()
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
         self._request_metrics = RequestMetrics(metrics)
-        self._workers = workers(1, "tokenise")
+        self._lanes = TextLanes(engine.policies)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._beat_s = time.monotonic()
@@ -96,7 +112,7 @@ class AsyncEngine:
         self._calls.put(None)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._lanes.shutdown()
 
     async def generate(
         self,
@@ -106,15 +122,18 @@ class AsyncEngine:
         request_id: str,
         tenant_id: str,
     ) -> RequestStream:
-        """Admit a request of one row a member. Raises TenantQueueFullError or OverloadedError before tokenising,
-        UnknownTokenError or PromptTooLongError after."""
+        """Admit a request of one row a member. Raises as `tokenise`, TenantQueueFullError or OverloadedError,
+        UnknownTokenError or PromptTooLongError."""
         if self._is_draining:
             self._metrics.rejected("draining")
             raise OverloadedError("the server is stopping")
-        num_tokens = len(prompt) if isinstance(prompt, list) else len(prompt.encode()) // 4 + 1
-        self._places.take(request_id, tenant_id, num_tokens)
+        if isinstance(prompt, list):
+            token_ids = prompt
+        else:
+            token_ids = await self.tokenise(prompt, members, sampling_params.max_new_tokens, tenant_id)
+        # Nothing waits between a text's place and this one.
+        self._places.take(request_id, tenant_id, min(len(token_ids), self.max_context))
         try:
-            token_ids = prompt if isinstance(prompt, list) else await self._tokenise(prompt)
             start_ids = self._engine.runner.decoder_start_ids
             for prefixes in members:
                 check_context(self.shape, prefixes, len(token_ids), len(start_ids), sampling_params.max_new_tokens)
@@ -134,9 +153,54 @@ class AsyncEngine:
         self._calls.put(lambda: self._engine.add(sequence))
         return stream
 
+    async def tokenise(
+        self, text: str | Messages, members: tuple[Composition, ...], max_new_tokens: int, tenant_id: str
+    ) -> list[int]:
+        """The ids of a text, or of a conversation. Raises TenantQueueFullError or OverloadedError before any work,
+        ContextLengthError as soon as it is known that they do not fit, ChatRefusedError.
+
+        A short text has a place in the queue meanwhile. A long one has none: it may take seconds, and waits for its
+        thread in a queue of its own.
+        """
+        num_start = len(self._engine.runner.decoder_start_ids)
+
+        def check(num_tokens: int, is_least: bool) -> None:
+            for prefixes in members:
+                check_context(self.shape, prefixes, num_tokens, num_start, max_new_tokens, is_least=is_least)
+
+        num_characters = characters_in(text)
+        if isinstance(text, str):
+            check(self._prompts.least_tokens(text), True)
+            work = partial(self._prompts.ids, text, check)
+        else:
+            work = partial(self._prompts.chat_ids, text, check)
+        num_tokens = min(num_characters // 4 + 1, self.max_context)
+        places = self._places
+        if self.takes_long(text):
+            self._places.check(tenant_id, num_tokens)
+            places = self._long_texts
+        text_id = f"text {next(self._text_ids)}"
+        places.take(text_id, tenant_id, num_tokens)
+        try:
+            return await asyncio.wrap_future(self._lanes.submit(tenant_id, num_characters, work))
+        finally:
+            places.leave(text_id)
+
+    def takes_long(self, text: str | Messages) -> bool:
+        """Whether to tokenise it may take seconds."""
+        return characters_in(text) > LONG_TEXT
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._prompts.has_chat_template
+
     def check_queue(self, tenant_id: str) -> None:
         """Raises as `generate` would before tokenising, for a caller that has work to do before it asks."""
         self._places.check(tenant_id, 0)
+
+    def check_answers(self, num_answers: int, num_tokens: int) -> None:
+        """Raises TooManyAnswersError for answers to a prompt of `num_tokens` that never find places together."""
+        self._places.check_answers(num_answers, num_tokens)
 
     def max_new_tokens(self, members: tuple[Composition, ...], num_prompt_tokens: int) -> int:
         """How many tokens a request can generate; less than one if its prompt does not fit."""
@@ -237,13 +301,6 @@ class AsyncEngine:
         if failure is not None:
             raise failure
         return self.residency(key) == "loading"
-
-    async def tokenising(self, function: Callable[[], T]) -> T:
-        """In the thread that prompts are tokenised in: nothing else waits for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
-
-    async def _tokenise(self, prompt: str) -> list[int]:
-        return list(await self.tokenising(lambda: self.tokenizer(prompt)["input_ids"]))
 
     def _abort(self, request_id: str) -> None:
         self._forget(request_id)

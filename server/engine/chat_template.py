@@ -1,11 +1,21 @@
-"""What a model's chat template leaves out of a conversation."""
+"""A conversation as a model's chat template takes it, and what the template leaves out of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-Messages = list[dict[str, Any]]
+Message = dict[str, Any]  # texts, and an assistant's calls of tools
+Messages = list[Message]
+
+
+def characters_in(value: Any) -> int:
+    """How many there are in all texts of a message or a conversation."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(characters_in(name) + characters_in(each) for name, each in value.items())
+    return sum(map(characters_in, value)) if isinstance(value, list) else 1
 
 
 def passed_over(render: Callable[[Messages], str], messages: Messages, text: str) -> str | None:

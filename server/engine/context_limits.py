@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefix_store.prefix import ModelShape
-from server.engine.errors import PromptTooLongError, UnknownTokenError
+from server.engine.errors import ContextLengthError, PromptTooLongError, UnknownTokenError
 from server.engine.sequence import Composition
 
 
@@ -19,10 +19,20 @@ def max_new_tokens(shape: ModelShape, prefixes: Composition, num_prompt_tokens: 
 
 
 def check_context(
-    shape: ModelShape, prefixes: Composition, num_prompt_tokens: int, num_start_tokens: int, num_wanted: int
+    shape: ModelShape,
+    prefixes: Composition,
+    num_prompt_tokens: int,
+    num_start_tokens: int,
+    num_wanted: int,
+    *,
+    is_least: bool = False,
 ) -> None:
-    """Raises PromptTooLongError, with what was counted, for a row that could not generate the tokens wanted."""
-    if num_prompt_tokens == 0:
+    """Raises ContextLengthError, with what was counted, for a row that could not generate the tokens wanted, and
+    PromptTooLongError for prefixes that are too long together or a prompt without tokens.
+
+    `is_least`: the prompt has `num_prompt_tokens` or more. It is refused if it leaves room for no token at all.
+    """
+    if num_prompt_tokens == 0 and not is_least:
         raise PromptTooLongError("the prompt must have at least one token, got 0")
     limit = shape.max_positions
     layouts = [ref.layout for ref in prefixes]
@@ -35,18 +45,31 @@ def check_context(
             f"got {num_virtual}"
         )
     num_left = max_new_tokens(shape, prefixes, num_prompt_tokens, num_start_tokens)
+    at_least = "at least " if is_least else ""
     if shape.is_encoder_decoder:
         if num_encoder + num_prompt_tokens > limit:
-            raise PromptTooLongError(
-                f"encoder: virtual tokens ({num_encoder}) + prompt tokens ({num_prompt_tokens}) must be <= {limit}"
+            raise ContextLengthError(
+                f"encoder: virtual tokens ({num_encoder}) + prompt tokens ({at_least}{num_prompt_tokens}) "
+                f"must be <= {limit}",
+                limit=limit,
+                num_read=num_prompt_tokens,
+                num_virtual=num_encoder,
+                is_least=is_least,
             )
-        stack, read = "decoder: ", "start tokens"
+        stack, read, at_least = "decoder: ", "start tokens", ""
     else:
         stack, read = "", "prompt tokens"
-    if num_wanted > num_left:
-        raise PromptTooLongError(
-            f"{stack}virtual tokens ({num_decoder}) + {read} ({limit - num_left - num_decoder}) + max_new_tokens "
-            f"({num_wanted}) must be <= {limit}"
+    if num_left < (1 if is_least else num_wanted):
+        num_read = limit - num_left - num_decoder
+        raise ContextLengthError(
+            f"{stack}virtual tokens ({num_decoder}) + {read} ({at_least}{num_read}) + max_new_tokens "
+            f"({num_wanted}) must be <= {limit}",
+            limit=limit,
+            num_read=num_read,
+            num_virtual=num_decoder,
+            num_new=num_wanted,
+            reads_start=shape.is_encoder_decoder,
+            is_least=bool(at_least),
         )
 
 

@@ -15,7 +15,13 @@ from prefix_store.errors import in_full
 from prefix_store.prefix import Prefix
 from server.engine.batch import batch_of
 from server.engine.cached_blocks import CachedBlocks
-from server.engine.errors import EngineError, GenerationError, PrefixFaultError, PromptTooLongError
+from server.engine.errors import (
+    ContextLengthError,
+    EngineError,
+    GenerationError,
+    PrefixFaultError,
+    PromptTooLongError,
+)
 from server.engine.kv_blocks import BLOCK_SIZE, BlockAllocator, block_bytes, prefix_blocks
 from server.engine.model_runner import ModelRunner
 from server.engine.resident_prefix import ResidentPrefix
@@ -115,12 +121,15 @@ class Engine:
         self.scheduler.check_rows(sequence)
 
     def _check_pools(self, sequence: Sequence) -> None:
-        """Raises PromptTooLongError for more than the pools and the batch hold."""
+        """Raises ContextLengthError for more text than the pool holds, PromptTooLongError for more prefixes or rows."""
         if sequence.max_blocks > self.own_blocks.num_blocks:
-            raise PromptTooLongError(
-                f"prompt ({sequence.num_prompt_tokens} tokens) and max_new_tokens "
-                f"({sequence.sampling_params.max_new_tokens}) in {len(sequence.rows)} rows must fit "
-                f"{self.own_blocks.num_blocks * BLOCK_SIZE} tokens of KV memory"
+            num_prompt, num_new = sequence.num_prompt_tokens, sequence.sampling_params.max_new_tokens
+            raise ContextLengthError(
+                f"prompt ({num_prompt} tokens) and max_new_tokens ({num_new}) in {len(sequence.rows)} rows must fit "
+                f"{self.own_blocks.num_blocks * BLOCK_SIZE} tokens of KV memory",
+                limit=self.own_blocks.num_blocks // len(sequence.rows) * BLOCK_SIZE,
+                num_read=num_prompt,
+                num_new=num_new,
             )
         refs = {ref.key: ref for ref in sequence.prefixes}
         needed = sum(prefix_blocks(ref.layout, self.runner.shape) for ref in refs.values())

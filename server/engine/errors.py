@@ -2,8 +2,11 @@
 
 EngineError
  +- ModelRefusedError      the model would answer wrongly under packed attention
- +- PromptTooLongError     prompt, virtual tokens and new tokens do not fit the context or the pool
+ +- PromptTooLongError     prompt, prefixes and new tokens can never be served together, or there is no prompt
+ |   +- ContextLengthError     prompt, virtual tokens and new tokens do not fit the context or the KV memory
+ +- ChatRefusedError       the model's chat template does not take these messages
  +- UnknownTokenError      the tokenizer gives the prompt a token that the model has no embedding for
+ +- TooManyAnswersError    the answers of one request are more than the queue ever holds
  +- OverloadedError        the queue is full; try again after `retry_after_s`
  |   +- QueueTimeoutError  waited longer than the queue allows
  |   +- PinnedRoomError    pinned prefixes leave no room for this one
@@ -42,6 +45,44 @@ class ModelRefusedError(EngineError):
 
 
 class PromptTooLongError(EngineError):
+    pass
+
+
+class ContextLengthError(PromptTooLongError):
+    """`num_read` tokens of the prompt (`reads_start`: of what an encoder-decoder's answer starts with), `num_virtual`
+    before them and `num_new` after them are more than `limit`. `is_least`: the prompt has `num_read` tokens or more."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit: int,
+        num_read: int,
+        num_virtual: int = 0,
+        num_new: int = 0,
+        reads_start: bool = False,
+        is_least: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.num_read, self.num_virtual, self.num_new = num_read, num_virtual, num_new
+        self.reads_start, self.is_least = reads_start, is_least
+
+    @property
+    def fits_without_answer(self) -> bool:
+        """Whether a shorter answer would fit."""
+        return self.num_new > 1 and self.num_virtual + self.num_read < self.limit
+
+
+class ChatRefusedError(EngineError):
+    """`param` is the field that the template does not take."""
+
+    def __init__(self, message: str, param: str = "messages") -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class TooManyAnswersError(EngineError):
     pass
 
 

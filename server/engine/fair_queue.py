@@ -1,4 +1,4 @@
-"""The waiting sequences, a queue a tenant, and the counters that say whose turn it is."""
+"""What waits, a queue a tenant, and the counters that say whose turn it is."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 from server.engine.tenant_policy import TenantPolicies
-
-if TYPE_CHECKING:
-    from server.engine.sequence import Sequence
 
 INPUT_WEIGHT = 1.0  # w_p, of a token that is read
 OUTPUT_WEIGHT = 2.0  # w_q, of a token that is generated
 MAX_ACCOUNTS = 4096
+
+
+class OfTenant(Protocol):
+    """What a tenant waits for: a sequence for rows, a text to be tokenised."""
+
+    @property
+    def tenant_id(self) -> str: ...
+
+
+Waiting = TypeVar("Waiting", bound=OfTenant)
 
 
 @dataclass
@@ -28,7 +35,7 @@ class Account:
     service: float = 0.0
 
 
-class FairQueue:
+class FairQueue(Generic[Waiting]):
     """Virtual token counters with weights (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024).
 
     The turn is with the backlogged tenant, one that has a sequence waiting, whose counter is smallest. A tenant that
@@ -37,40 +44,40 @@ class FairQueue:
     2 * max(w_p * L, w_q * M) / their smaller weight: L tokens that a sequence reads at most, M tokens that the running
     rows hold at most when they end (rows times the longest prompt and answer).
 
-    Who is not backlogged and was not charged for longest is forgotten beyond 4,096. Used from the step's thread only,
+    Who is not backlogged and was not charged for longest is forgotten beyond 4,096. Used from one thread at a time,
     but for `service` and `skew`.
     """
 
     def __init__(self, policies: TenantPolicies) -> None:
         self._policies = policies
-        self._queues: dict[str, deque[Sequence]] = {}  # of the backlogged, in the order in which they became so
+        self._queues: dict[str, deque[Waiting]] = {}  # of the backlogged, in the order in which they became so
         self._accounts: OrderedDict[str, Account] = OrderedDict()  # least recently charged first
         self._last_left = Account()  # of who had a sequence waiting last
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Waiting]:
         return chain.from_iterable(self._queues.values())
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
-    def __contains__(self, sequence: Sequence) -> bool:
+    def __contains__(self, sequence: Waiting) -> bool:
         return sequence in self._queues.get(sequence.tenant_id, ())
 
-    def append(self, sequence: Sequence) -> None:
+    def append(self, sequence: Waiting) -> None:
         self._queue(sequence.tenant_id).append(sequence)
 
-    def append_first(self, sequence: Sequence) -> None:
+    def append_first(self, sequence: Waiting) -> None:
         """Before all others of its tenant."""
         self._queue(sequence.tenant_id).appendleft(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Waiting) -> None:
         queue = self._queues[sequence.tenant_id]
         queue.remove(sequence)
         if not queue:
             del self._queues[sequence.tenant_id]
             self._last_left = self._accounts[sequence.tenant_id]
 
-    def in_turn(self, num_rows: Mapping[str, int]) -> Iterator[Sequence]:
+    def in_turn(self, num_rows: Mapping[str, int]) -> Iterator[Waiting]:
         """Every waiting sequence once, the tenant's with the smallest counter first, each tenant's in their order. Of
         equal tenants the one comes first that has fewer rows running, `num_rows`, then the one backlogged for longer.
         The sequence given last may be removed, and its tenant charged, before the next is asked for."""
@@ -128,7 +135,7 @@ class FairQueue:
         counters = [self.counter(tenant_id) for tenant_id in tuple(self._queues)]
         return max(counters) - min(counters) if counters else 0.0
 
-    def _queue(self, tenant_id: str) -> deque[Sequence]:
+    def _queue(self, tenant_id: str) -> deque[Waiting]:
         queue = self._queues.get(tenant_id)
         if queue is None:
             self.lift(tenant_id)

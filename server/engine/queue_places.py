@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.engine.errors import OverloadedError, TenantQueueFullError
+from server.engine.errors import OverloadedError, TenantQueueFullError, TooManyAnswersError
 from server.engine.tenant_policy import TenantPolicies
 from server.metrics import Metrics
 
@@ -19,7 +19,16 @@ class QueuePlaces:
     """Bounded in requests, in tokens, and by tenant. A tenant that has less than its part of the places, by weight
     among those that have any, gets one though others fill them, up to twice as many. Used from the event loop only."""
 
-    def __init__(self, policies: TenantPolicies, metrics: Metrics, *, max_queued: int, max_queued_tokens: int) -> None:
+    def __init__(
+        self,
+        policies: TenantPolicies,
+        metrics: Metrics,
+        *,
+        max_queued: int,
+        max_queued_tokens: int,
+        name: str = "the queue",
+    ) -> None:
+        self._name = name
         self._policies = policies
         self._metrics = metrics
         self._max_queued = max_queued
@@ -42,13 +51,23 @@ class QueuePlaces:
         num_queued = len(self._places)
         if self._is_full(tenant_id, num_queued + 1, len(own) + 1, self._max_queued):
             self._metrics.rejected("queue_full")
-            raise OverloadedError(f"the queue is full, its limit is {self._max_queued} requests")
+            raise OverloadedError(f"{self._name} is full, its limit is {self._max_queued} requests")
         queued_tokens = sum(place.num_tokens for place in self._places.values())
         if queued_tokens and self._is_full(
             tenant_id, queued_tokens + num_tokens, sum(own) + num_tokens, self._max_queued_tokens
         ):
             self._metrics.rejected("queue_tokens")
-            raise OverloadedError(f"the queue is full, its limit is {self._max_queued_tokens} tokens")
+            raise OverloadedError(f"{self._name} is full, its limit is {self._max_queued_tokens} tokens")
+
+    def check_answers(self, num_answers: int, num_tokens: int) -> None:
+        """Raises TooManyAnswersError for answers to one prompt of `num_tokens` that never find places together."""
+        if num_answers > self._max_queued:
+            raise TooManyAnswersError(f"a request must have <= {self._max_queued} answers, got {num_answers}")
+        if num_answers > 1 and num_answers * num_tokens > self._max_queued_tokens:
+            raise TooManyAnswersError(
+                f"{num_answers} answers to a prompt of {num_tokens} tokens must be <= {self._max_queued_tokens} tokens "
+                "together"
+            )
 
     def leave(self, request_id: str) -> None:
         """May be called again."""

@@ -60,7 +60,7 @@ class Scheduler:
         self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
         self.max_queue_s = max_queue_s
-        self.waiting = FairQueue(policies)
+        self.waiting: FairQueue[Sequence] = FairQueue(policies)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
 
