@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -64,6 +64,13 @@ class Metrics:
         self._rejected = counter("request_rejected", "Requests refused before they ran.", ("reason",))
         self._aborted = counter("request_aborted", "Requests aborted by their caller.")
         self._quarantined = counter("version_quarantined", "Versions taken out of service for their faults.")
+        self._connections = Gauge("prefixserve_connections", "Open connections.", registry=self.registry)
+        self._connections_refused = counter(
+            "connections_refused",
+            "Connections dropped as their peer was gone, refused (peer, full, descriptors), or given up idle for others.",
+            ("reason",),
+        )
+        self._gone = self._connections_refused.labels("gone")  # thousands a second, in a storm
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self._inter_token = histogram("inter_token_latency_seconds", "Token to token.", INTER_TOKEN_BUCKETS)
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS)
@@ -100,6 +107,16 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
+
+    def connection_refused(self, reason: str) -> None:
+        self._connections_refused.labels(reason).inc()
+
+    def connection_gone(self) -> None:
+        self._gone.inc()
+
+    def watch_connections(self, num_open: Callable[[], int]) -> None:
+        """Read the count of open connections at every scrape."""
+        self._connections.set_function(num_open)
 
     def aborted(self) -> None:
         self._aborted.inc()

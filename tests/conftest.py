@@ -16,7 +16,7 @@ import uvicorn
 
 from prefix_store.native_format import write_native
 from prefix_store.prefix import Prefix
-from server.api.app import server_config
+from server.api.app import Server, server_config
 from server.api.state import AppState
 from server.config import Settings
 from server.engine.cpu_kernels import CpuKernels, load_kernels
@@ -81,7 +81,7 @@ def settings_for(data_dir: Path, **more: object) -> Settings:
 
 
 def serve_in_thread(state: AppState) -> Iterator[Served]:
-    server = uvicorn.Server(server_config(state))
+    server = Server(server_config(state), state)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

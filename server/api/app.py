@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -14,11 +16,14 @@ from server.api import errors, generate, openai, ops, prefixes, records, tenants
 from server.api.auth import check_again
 from server.api.connection import BoundedConnection
 from server.api.gate import Gate
+from server.api.listener import listen
 from server.api.query import refuse_unknown_query
+from server.api.route_table import RouteTable
 from server.api.schema import DescribedAPI
 from server.api.state import AppState
 from server.api.upkeep import Upkeep
 
+BACKLOG = 4096  # callers that the system keeps until the loop comes round; those beyond it try again after a second
 DESCRIPTION = "One frozen language model, thousands of learned prefixes, one continuous batch."
 
 
@@ -38,13 +43,17 @@ def create_app(state: AppState) -> FastAPI:
         title="prefixserve",
         description=DESCRIPTION,
         lifespan=lifespan,
+        servers=[{"url": state.settings.root_path}] if state.settings.root_path else None,
+        redirect_slashes=False,
         dependencies=[Depends(check_again), Depends(refuse_unknown_query)],
     )
     app.state.prefixserve = state
+    routes = list(app.routes)
     for module in (generate, openai, uploads, prefixes, tenants, records, ops):
         app.include_router(module.router)
+        routes += module.router.routes
     errors.install(app)
-    app.add_middleware(Gate, state=state)
+    app.add_middleware(Gate, state=state, routes=RouteTable(routes))
     return app
 
 
@@ -60,6 +69,10 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
         self._state.is_draining = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Raises StartError where the settings' host and port cannot be listened on."""
+        await super().startup(sockets or listen(self._state.settings, self._state.connections))
+
     async def exit_when_drained(self) -> None:
         while not self._state.is_draining or self._state.num_active:
             await asyncio.sleep(0.05)
@@ -72,9 +85,13 @@ def server_config(state: AppState) -> uvicorn.Config:
         create_app(state),
         host=state.settings.host,
         port=state.settings.port,
-        http=BoundedConnection,
+        http=partial(BoundedConnection, connections=state.connections),  # type: ignore[arg-type]
+        ws="none",
+        backlog=BACKLOG,
         log_config=None,
+        log_level="error",  # of requests that are refused
         access_log=False,
+        proxy_headers=False,
         lifespan="on",
     )
 

@@ -33,6 +33,7 @@ from server.errors import StartError
 PUBLIC = ("/healthz", "/health", "/readyz")
 MIN_OPERATOR_KEY = 32  # characters
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
+LOCAL_ACTOR = "local"  # whoever asks while no keys are configured
 ANY = "any"  # whatever scope of a tenant
 GENERATING = r"/|/generate|/generate_stream|/v1/completions|/v1/chat/completions"
 # The first that matches decides. Of a path that matches none the router says to any key that it is not there; a route
@@ -167,7 +168,7 @@ class KeyRing:
         """Raises RequestError 401 for a key that is missing, unknown or expired, 403 for a suspended tenant."""
         seen = self._seen
         if self.is_open:
-            return Caller(seen.tenants[DEFAULT_TENANT], "local", LOCAL)
+            return Caller(seen.tenants[DEFAULT_TENANT], LOCAL_ACTOR, LOCAL)
         kind, _, text = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not text:
             raise RequestError(401, "expected a key, as Authorization: Bearer KEY", headers=CHALLENGE)

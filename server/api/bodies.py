@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
@@ -32,8 +33,17 @@ class BodyMemory:
 class Body:
     """One request's. What was received of it counts in `memory` until `release`."""
 
-    def __init__(self, receive: Receive, memory: BodyMemory, max_bytes: int, *, is_whole: bool = False) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        memory: BodyMemory,
+        max_bytes: int,
+        *,
+        is_whole: bool = False,
+        is_gone: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._receive = receive
+        self._is_gone = is_gone
         self._memory = memory
         self._max_bytes = max_bytes
         self._num_bytes = 0
@@ -43,8 +53,9 @@ class Body:
         self.is_whole = is_whole
 
     async def receive(self) -> Message:
-        """As ASGI's. Raises HTTPException 408 for one that comes too slowly, 413 as soon as there is too much of it,
-        503 when there are too many."""
+        """As ASGI's; of a caller who is gone by the end of the body a disconnect, so that nobody parses it. Raises
+        HTTPException 408 for one that comes too slowly, 413 as soon as there is too much of it, 503 when there are too
+        many."""
         if self.is_whole:
             return await self._receive()
         due_s = self._started_s + GRACE_S + self._num_bytes / MIN_BYTES_PER_S
@@ -63,6 +74,8 @@ class Body:
             raise HTTPException(413, f"the body must be <= {self._max_bytes} bytes, got more")
         self._memory.take(num_bytes)
         self._num_held += num_bytes
+        if self.is_whole and self._is_gone():
+            return {"type": "http.disconnect"}
         return message
 
     async def drop_rest(self) -> None:

@@ -122,17 +122,28 @@ PROBLEMS = documented(
 )
 
 
+def own_path(request: Request) -> str:
+    """The path as routes have it, without the prefix that the server is served behind."""
+    path: str = request.state.path
+    return path
+
+
+def refusal(path: str, error: Exception) -> JSONResponse:
+    """The answer to an error that has a status."""
+    status, headers = status_of(error), dict(getattr(error, "headers", {}))
+    if status in (429, 503):
+        headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
+    return error_response(path, status, str(error), param=getattr(error, "param", None), headers=headers)
+
+
 def install(app: FastAPI) -> None:
     """One handler for every exception that may reach a route's end."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
-        status, headers = status_of(error), dict(getattr(error, "headers", {}))
         if getattr(error, "detail", ""):
-            log.warning("refused", status=status, path=request.url.path, reason=store_errors.in_full(error))
-        if status in (429, 503):
-            headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
-        param = getattr(error, "param", None)
-        return error_response(request.url.path, status, str(error), param=param, headers=headers)
+            reason = store_errors.in_full(error)
+            log.warning("refused", status=status_of(error), path=own_path(request), reason=reason)
+        return refusal(own_path(request), error)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -142,12 +153,12 @@ def install(app: FastAPI) -> None:
         message = f"{field}: {text}" if field else text
         if first["type"] == UNSUPPORTED:
             field = ".".join(filter(None, (field, first["ctx"]["field"])))
-        return error_response(request.url.path, 422, message, param=field or None)
+        return error_response(own_path(request), 422, message, param=field or None)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers or {})
-        return error_response(request.url.path, error.status_code, str(error.detail), headers=headers)
+        return error_response(own_path(request), error.status_code, str(error.detail), headers=headers)
 
     for kind in (RequestError, store_errors.PrefixStoreError, engine_errors.EngineError):
         app.add_exception_handler(kind, known)

@@ -127,7 +127,7 @@ async def upload(
     await state.sync_pins()
     headers = {
         "ETag": f'"{published.task.revision}"',
-        "Location": f"/v1/prefixes/{task}/versions/{published.version.version}",
+        "Location": f"{state.settings.root_path}/v1/prefixes/{task}/versions/{published.version.version}",
     }
     return JSONResponse(manifest(state, published.task, published.version), 201 if published.is_new else 200, headers)
 
