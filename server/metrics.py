@@ -67,7 +67,7 @@ class Metrics:
         self._connections = Gauge("prefixserve_connections", "Open connections.", registry=self.registry)
         self._connections_refused = counter(
             "connections_refused",
-            "Connections dropped as their peer was gone, refused (peer, full, descriptors), or given up idle for others.",
+            "Connections whose peer was gone, that were refused (peer, full, descriptors), or given up (idle).",
             ("reason",),
         )
         self._gone = self._connections_refused.labels("gone")  # thousands a second, in a storm

@@ -2,10 +2,11 @@
 
     PYTHONPATH=load_tests python -m faults.storm [--kind KIND] [--model PATH] [--seconds 10]
 
-Each kind of storm runs for `--seconds` from `NUM_THREADS` threads of a process of its own, over loopback. Another tenant
-asks `NUM_ASKED` times meanwhile, each time on a new connection. Held to: every answer within `MAX_ANSWER_S`. Afterwards
-refusals alone are counted: a key that is unknown, and a tenant beyond its rate, each asked from `NUM_REFUSED_THREADS`
-connections that wait for their answers. Held to: `MIN_REFUSALS_PER_S` a second. Without a model, a tiny random one.
+Each kind of storm runs for `--seconds` from `NUM_THREADS` threads of a process of its own, over loopback. Another
+tenant asks `NUM_ASKED` times meanwhile, each time on a new connection. Held to: every answer within `MAX_ANSWER_S`.
+Afterwards refusals alone are counted: a key that is unknown, and a tenant beyond its rate, each asked from
+`NUM_REFUSED_THREADS` connections that wait for their answers. Held to: `MIN_REFUSALS_PER_S` a second. Without a model,
+a tiny random one.
 """
 
 from __future__ import annotations

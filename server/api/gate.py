@@ -66,7 +66,7 @@ class Gate:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         path = self._own_path(scope["path"])
         scope["state"] |= {"request_id": request_id, "path": path}
-        scope = scope | {"path": self._root_path + path, "root_path": self._root_path}
+        scope = {**scope, "path": self._root_path + path, "root_path": self._root_path}
         is_read = scope["method"] in ("GET", "HEAD")
         if is_read:  # the connection leaves the body out
             scope["method"] = "GET"

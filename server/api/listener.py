@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from server.api.connections import Connections, peer_of
@@ -123,14 +124,10 @@ class Listener(socket.socket):
 
 def _refuse(one: socket.socket, answer: bytes) -> None:
     """Without waiting for anything; what came is taken, so that closing does not discard the answer."""
-    try:
+    with suppress(OSError):  # nothing came yet
         one.recv(65536, socket.MSG_DONTWAIT)
-    except OSError:  # nothing came yet
-        pass
-    try:
+    with suppress(OSError):  # it is gone
         one.send(answer, socket.MSG_DONTWAIT)
-    except OSError:  # it is gone
-        pass
     one.close()
 
 
@@ -141,16 +138,13 @@ def listen(settings: Settings, connections: Connections) -> list[socket.socket]:
         flags = socket.AI_PASSIVE
         for info in set(socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=flags)):
             family, _, _, _, address = info
-            one = Listener(family, connections)
-            found.append(one)
+            found.append(one := Listener(family, connections))
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             one.bind(address)
     except OSError as error:
-        for one in found:
-            one.close()
-        raise StartError(
-            f"host and port must be free to listen on, {settings.host}:{settings.port}: {error}"
-        ) from error
+        for bound in found:
+            bound.close()
+        raise StartError(f"{settings.host}:{settings.port} must be free to listen on: {error}") from error
     return found

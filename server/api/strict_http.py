@@ -36,9 +36,7 @@ class StrictBuffer(ReceiveBuffer):
                 f"a request must have one Content-Length or Transfer-Encoding, got {len(lengths)} of them"
             )
         if any(length and not DIGITS.fullmatch(length) for length in lengths):
-            raise h11.LocalProtocolError(
-                f"Content-Length must be one number, got {lengths[0][:40].decode('latin-1')!r}"
-            )
+            raise h11.LocalProtocolError(f"Content-Length must be one number, got {lengths[0][:40]!r}")
         return lines
 
     def maybe_extract_next_line(self) -> bytearray | None:
