@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from prefix_store.errors import NotFoundError
-from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
+from server.api.answers import Answer, EventStream, admit_rows, answer_headers, stream_answers, while_connected
 from server.api.auth import Asking, Caller
 from server.api.bill import Bill, admit
 from server.api.errors import OPENAI_ERRORS, RequestError, also, openai_error, status_of
@@ -80,7 +80,7 @@ async def chat_completions(
     limit = default_tokens(caller.tenant.limits, given, MAX_DEFAULT_CHAT_TOKENS)
     num_bytes = sum(len(message["content"].encode()) for message in messages)
     with await admit(state, caller, target, num_bytes, body.n or 1, limit) as bill:
-        prompt = await state.engine.tokenising(partial(_template, state, messages))
+        prompt = await while_connected(request, state.engine.tokenising(partial(_template, state, messages)))
         if given is None:
             limit = max(1, min(limit, state.engine.max_new_tokens(target.members, len(prompt))))
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -150,13 +150,15 @@ async def _answer(
     check_least("min_tokens", body.min_tokens, "max_tokens", max_new_tokens)
     defaults = state.defaults
     params = [body.sampling_params(max_new_tokens, num_top_logprobs, i, defaults) for i in range(body.n or 1)]
-    answers = await start_answers(state, request, prompt, params, bill)
+    rows = await admit_rows(state, request, prompt, params, bill)
     prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
     texts = TokenTexts(state.engine.tokenizer)
     reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), texts)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(reply, answers, with_usage), answers, answer_headers(bill, answers[0].stream))
+        headers = partial(answer_headers, bill, rows.streams[0])
+        return await stream_answers(request, rows, lambda found: _events(reply, found, with_usage), _failure, headers)
+    answers = await while_connected(request, rows.answers())
     try:
         finished = await while_connected(request, _finish_all(answers))
     finally:
@@ -212,7 +214,7 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
         while num_running:
             index, output = await merged.get()
             if isinstance(output, EngineError):
-                yield f"data: {json.dumps({'error': openai_error(status_of(output), str(output))})}\n\n"
+                yield _failure(output)
                 return
             num_running -= output.finish_reason is not None
             reason = _reason(output) if output.finish_reason else None
@@ -233,6 +235,10 @@ async def _events(reply: Reply, answers: list[Answer], with_usage: bool) -> Asyn
             task.cancel()
         for answer in answers:
             answer.stream.abort()
+
+
+def _failure(error: EngineError) -> str:
+    return f"data: {json.dumps({'error': openai_error(status_of(error), str(error))})}\n\n"
 
 
 def _begins_in(output: TokenOutput, text: str) -> bool:
