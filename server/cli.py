@@ -63,7 +63,9 @@ def serve(
         list[str] | None, typer.Option(help="An origin whose pages may ask, or *; may be given several times.")
     ] = None,
     max_connections: Annotated[int | None, typer.Option(help="At once; fewer where descriptors are short.")] = None,
-    max_connections_per_peer: Annotated[int | None, typer.Option(help="Of one address.")] = None,
+    max_connections_per_peer: Annotated[
+        int | None, typer.Option(help="Of one address; none: 512, but of this machine all.")
+    ] = None,
     trusted_proxy: Annotated[
         list[str] | None, typer.Option(help="An address or network that may have more; may be given several times.")
     ] = None,

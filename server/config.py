@@ -72,7 +72,9 @@ class Settings(BaseSettings):
         default=(), description="Origins whose pages may ask, or *; separated by commas in the environment."
     )
     max_connections: int = Field(default=4096, ge=1, description="At once; fewer where descriptors are short.")
-    max_connections_per_peer: int = Field(default=512, ge=1, description="At once, of one address.")
+    max_connections_per_peer: int | None = Field(
+        default=None, ge=1, description="At once, of one address; none: 512, and of this machine max_connections."
+    )
     trusted_proxy: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Addresses or networks that may have more, separated by commas in the environment."
     )

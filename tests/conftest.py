@@ -55,6 +55,11 @@ class Served:
     clients: ExitStack  # closes those of `as_key` with the server
     server: uvicorn.Server
 
+    def metric(self, name: str) -> float:
+        """A metric as `/metrics` has it, with its labels; 0 where it is not there."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return next((float(line.split()[-1]) for line in lines if line.startswith(f"prefixserve_{name} ")), 0.0)
+
     def generate(self, inputs: str, task: str | None = None, **parameters: object) -> httpx.Response:
         query = {} if task is None else {"task": task}
         return self.http.post("/generate", params=query, json={"inputs": inputs, "parameters": parameters})

@@ -16,6 +16,8 @@ from server.config import Settings
 from server.metrics import Metrics
 
 RESERVED_FILES = 64  # descriptors for files and registries, beside those that are open at the start
+DEFAULT_PER_PEER = 512
+MIN_IDLE_S = 0.1  # a request may be on its way
 SHORT_S = 10.0  # for how long a lack of connections is told of, and how often it is logged
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 log = structlog.get_logger()
@@ -32,7 +34,7 @@ class Connections:
         self.max_open = min(settings.max_connections, max_by_descriptors())
         self.by_peer: Counter[str] = Counter()
         self.num_open = 0
-        self._idle: OrderedDict[object, Callable[[], None]] = OrderedDict()
+        self._idle: OrderedDict[object, tuple[float, Callable[[], None]]] = OrderedDict()  # since when
         self._short_s = self._logged_s = time.monotonic() - SHORT_S
         self._num_short = 0
         metrics.watch_connections(lambda: self.num_open)
@@ -48,7 +50,20 @@ class Connections:
 
     def allows(self, peer: str) -> bool:
         """Whether this peer may have one more connection."""
-        return self.by_peer[peer] < self._max_per_peer or self._is_trusted(peer)
+        num_open = self.by_peer[peer]
+        if num_open < (self._max_per_peer or DEFAULT_PER_PEER):
+            return True
+        most = self.max_of(peer)
+        return most is None or num_open < most
+
+    def max_of(self, peer: str) -> int | None:
+        """How many connections this peer may have; None: as many as there are."""
+        network = ipaddress.ip_network(peer)
+        if any(network.version == each.version and network.subnet_of(each) for each in self._trusted):  # type: ignore[arg-type]
+            return None
+        if self._max_per_peer is None and network.network_address.is_loopback:
+            return None
+        return self._max_per_peer or DEFAULT_PER_PEER
 
     def open(self, peer: str) -> None:
         self.num_open += 1
@@ -62,7 +77,8 @@ class Connections:
 
     def set_idle(self, connection: object, give_up: Callable[[], None]) -> None:
         """The connection waits for a request: `give_up` may be called to make room for others."""
-        self._idle[connection] = give_up
+        if connection not in self._idle:
+            self._idle[connection] = (time.monotonic(), give_up)
 
     def set_busy(self, connection: object) -> None:
         """The connection has a request, or is closed."""
@@ -70,7 +86,7 @@ class Connections:
 
     def make_room(self, reason: str) -> bool:
         """Give up the connection that has been idle longest; its descriptor is free in the loop's next round. False:
-        all connections are busy. It is counted, and logged once for all that follow within `SHORT_S`."""
+        no connection has been idle for long. Calls are logged once in `SHORT_S`."""
         now_s = time.monotonic()
         self._num_short += 1
         if now_s - self._logged_s >= SHORT_S:
@@ -79,9 +95,10 @@ class Connections:
             )
             self._num_short, self._logged_s = 0, now_s
         self._short_s = now_s
-        if not self._idle:
+        connection, (since_s, give_up) = next(iter(self._idle.items()), (None, (now_s, None)))
+        if give_up is None or now_s - since_s < MIN_IDLE_S:
             return False
-        _, give_up = self._idle.popitem(last=False)
+        self.set_busy(connection)
         give_up()
         self.refused("idle")
         return True
@@ -93,20 +110,14 @@ class Connections:
         """One whose peer was gone before anything was done."""
         self._metrics.connection_gone()
 
-    def _is_trusted(self, peer: str) -> bool:
-        if not self._trusted:
-            return False
-        network = ipaddress.ip_network(peer)
-        return any(type(each) is type(network) and network.subnet_of(each) for each in self._trusted)  # type: ignore[arg-type]
-
 
 def peer_of(host: str) -> str:
     """The peer that counts for an address as the system gives it."""
     if ":" not in host:
         return host
     address = ipaddress.IPv6Address(host.partition("%")[0])
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
+    if address.ipv4_mapped is not None or address.is_loopback:
+        return str(address.ipv4_mapped or address)
     return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
 
 
