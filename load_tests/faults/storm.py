@@ -32,7 +32,7 @@ from tests.byte_model import save_byte_model
 
 NUM_THREADS, NUM_ASKED, MAX_ANSWER_S = 16, 20, 1.0
 NUM_REFUSED_THREADS, MIN_REFUSALS_PER_S = 4, 2000
-NUM_IDLE = 200  # connections of one thread that holds them
+NUM_IDLE, HOLD_S = 200, 5.0  # connections of one thread that holds them
 GIVE_UP_S = 60.0
 JSON = "Content-Type: application/json\r\n"
 GENERATE = {"inputs": "a storm", "parameters": {"max_new_tokens": 100, "ignore_eos": True}}
@@ -81,7 +81,7 @@ def hold(port: int, sent: bytes) -> None:
         for _ in range(NUM_IDLE):
             held.append(connect(port))
             held[-1].sendall(sent)
-        time.sleep(1)
+        time.sleep(HOLD_S)
     finally:
         for one in held:
             one.close()

@@ -33,6 +33,7 @@ class Connections:
         self._trusted: tuple[Network, ...] = tuple(ipaddress.ip_network(each) for each in settings.trusted_proxy)
         self.max_open = min(settings.max_connections, max_by_descriptors())
         self.by_peer: Counter[str] = Counter()
+        self._most: dict[str, int | None] = {}
         self.num_open = 0
         self._idle: OrderedDict[object, tuple[float, Callable[[], None]]] = OrderedDict()  # since when
         self._short_s = self._logged_s = time.monotonic() - SHORT_S
@@ -53,7 +54,9 @@ class Connections:
         num_open = self.by_peer[peer]
         if num_open < (self._max_per_peer or DEFAULT_PER_PEER):
             return True
-        most = self.max_of(peer)
+        if peer not in self._most:  # it has many, so it is asked for often
+            self._most[peer] = self.max_of(peer)
+        most = self._most[peer]
         return most is None or num_open < most
 
     def max_of(self, peer: str) -> int | None:
@@ -74,6 +77,7 @@ class Connections:
         self.by_peer[peer] -= 1
         if not self.by_peer[peer]:
             del self.by_peer[peer]
+            self._most.pop(peer, None)
 
     def set_idle(self, connection: object, give_up: Callable[[], None]) -> None:
         """The connection waits for a request: `give_up` may be called to make room for others."""

@@ -15,6 +15,7 @@ from server.api.connections import Connections, peer_of
 from server.config import Settings
 from server.errors import StartError
 
+MAX_IN_ROW = 64  # that are let in before the loop goes on with other work
 MAX_AT_ONCE = 256  # that are dropped or refused before the loop goes on with other work
 MAX_CLOSING = 64  # connections beyond the most, while those given up for them close
 PAUSE_S = 0.01  # where the system has no memory for a connection: the loop would spin
@@ -65,10 +66,15 @@ class Listener(socket.socket):
     def __init__(self, family: int, connections: Connections) -> None:
         super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else asyncio sets no TCP_NODELAY
         self._connections = connections
+        self._num_in_row = 0
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # with which to refuse when there is no other
 
     def accept(self) -> tuple[socket.socket, Any]:
         """As a socket's: a caller that is there. Raises BlockingIOError when there is none now."""
+        self._num_in_row += 1
+        if self._num_in_row > MAX_IN_ROW:
+            self._num_in_row = 0
+            raise BlockingIOError
         for _ in range(MAX_AT_ONCE):
             try:
                 one, address = super().accept()

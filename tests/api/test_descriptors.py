@@ -53,7 +53,7 @@ def test_connections_leave_descriptors_for_files(model_path: Path, tmp_path: Pat
         with ExitStack() as stack:
             held = callers(program, stack, sent)
             assert num_descriptors(program) < MAX_DESCRIPTORS
-            eventually(lambda: program.http.get("/readyz").json().get("connections") == "short")
+            eventually(lambda: is_short(program))
             assert any(is_refused(one) for one in held)
             assert refused(program)["full"] > 0
             assert takes_an_upload(program), "on a connection that was there before"
@@ -66,6 +66,13 @@ def test_connections_leave_descriptors_for_files(model_path: Path, tmp_path: Pat
         assert "connections_short" in log.read_text()
 
 
+def is_short(program: Program) -> bool:
+    try:
+        return program.http.get("/readyz").json().get("connections") == "short"
+    except httpx.TransportError:  # this connection was the one that was idle longest
+        return False
+
+
 def is_refused(one: socket.socket) -> bool:
     one.settimeout(0.001)
     try:
@@ -75,7 +82,7 @@ def is_refused(one: socket.socket) -> bool:
     if not received:  # it was given up
         return False
     answer = parsed(received)
-    return (answer.status, answer.headers["retry-after"]) == (503, "1")
+    return (answer.status, answer.headers.get("retry-after")) == (503, "1")
 
 
 def takes_an_upload(program: Program) -> bool:

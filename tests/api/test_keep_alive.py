@@ -22,7 +22,14 @@ from tests.raw_http import connect
 from tests.waiting import SOON_S, eventually
 
 BODY = {"inputs": "x", "parameters": {"max_new_tokens": 4, "ignore_eos": True}, "stream": True}
-CHAT = {"model": NAME, "messages": [{"role": "user", "content": "x"}], "max_tokens": 4, "ignore_eos": True, "n": 2, "temperature": 0}
+CHAT = {
+    "model": NAME,
+    "messages": [{"role": "user", "content": "x"}],
+    "max_tokens": 4,
+    "ignore_eos": True,
+    "n": 2,
+    "temperature": 0,
+}
 CHAT |= {"stream": True}
 COMPLETION = {"model": NAME, "prompt": "x", "max_tokens": 4, "temperature": 0, "stream": True}
 HEAD = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
