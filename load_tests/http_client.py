@@ -36,7 +36,7 @@ class Connection:
         rest = b""
         async for piece in self._pieces("POST", target, body):
             *whole, rest = (rest + piece).split(b"\n\n")
-            for event in whole:
+            for event in (each for each in whole if not each.startswith(b":")):
                 found = json.loads(event.removeprefix(b"data:"))
                 if "error" in found:
                     raise RuntimeError(f"{target}: {found['error']}")

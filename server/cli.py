@@ -67,6 +67,18 @@ def serve(
     max_queue_s: float | None = None,
     max_virtual_tokens: int | None = None,
     max_upload_bytes: str | None = None,
+    root_path: Annotated[str | None, typer.Option(help="The prefix that a proxy serves this server behind.")] = None,
+    cors_allow_origin: Annotated[
+        list[str] | None, typer.Option(help="An origin whose pages may ask, or *; may be given several times.")
+    ] = None,
+    max_connections: Annotated[int | None, typer.Option(help="At once; fewer where descriptors are short.")] = None,
+    max_connections_per_peer: Annotated[
+        int | None, typer.Option(help="Of one address; none: 512, but of this machine all.")
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None, typer.Option(help="An address or network that may have more; may be given several times.")
+    ] = None,
+    max_requests_per_key: Annotated[int | None, typer.Option(help="At once; none: max_rows and max_queued.")] = None,
     operator_key_file: Annotated[Path | None, typer.Option(help="A file with one operator's key.")] = None,
     log_json: bool | None = None,
     publish_examples: Annotated[

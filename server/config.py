@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,8 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1 << 20
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+|null", re.IGNORECASE)
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]*[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 
 
 def default_data_dir() -> Path:
@@ -67,6 +70,20 @@ class Settings(BaseSettings):
     max_queue_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     max_virtual_tokens: int = Field(default=4096, ge=1)
     max_upload_bytes: ByteSize = Field(default=ByteSize(512 * MIB), gt=0)
+    root_path: str = Field(default="", description="The prefix that a proxy serves this server behind, as /llm.")
+    cors_allow_origin: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Origins whose pages may ask, or *; separated by commas in the environment."
+    )
+    max_connections: int = Field(default=4096, ge=1, description="At once; fewer where descriptors are short.")
+    max_connections_per_peer: int | None = Field(
+        default=None, ge=1, description="At once, of one address; none: 512, and of this machine max_connections."
+    )
+    trusted_proxy: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Addresses or networks that may have more, separated by commas in the environment."
+    )
+    max_requests_per_key: int | None = Field(
+        default=None, ge=1, description="At once, of one key; none: max_rows and max_queued together."
+    )
     operator_key_file: Path | None = Field(default=None, description="A file with one operator's key.")
     log_json: bool = False
 
@@ -75,12 +92,35 @@ class Settings(BaseSettings):
     def _without_brackets(cls, host: str) -> str:
         return host.strip("[]")
 
-    @field_validator("model_alias", mode="before")
+    @field_validator("model_alias", "trusted_proxy", "cors_allow_origin", mode="before")
     @classmethod
-    def _split_aliases(cls, value: object) -> object:
+    def _split_lists(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
+
+    @field_validator("trusted_proxy")
+    @classmethod
+    def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            ipaddress.ip_network(each)
+        return value
+
+    @field_validator("cors_allow_origin")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            if each != "*" and not ORIGIN.fullmatch(each):
+                raise ValueError(f"an origin must be as https://HOST or https://HOST:PORT, or *, got {each!r}")
+        return value
+
+    @field_validator("root_path")
+    @classmethod
+    def _is_a_path(cls, value: str) -> str:
+        path = value.rstrip("/")
+        if path and not ROOT_PATH.fullmatch(path):
+            raise ValueError(f"root_path must be as /llm or /team/llm, got {value!r}")
+        return path
 
     @field_validator("data_dir", "operator_key_file")
     @classmethod

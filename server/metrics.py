@@ -70,6 +70,13 @@ class Metrics:
         self._rejected = counter("request_rejected", "Requests refused before they ran.", ("reason",))
         self._aborted = counter("request_aborted", "Requests aborted by their caller.")
         self._quarantined = counter("version_quarantined", "Versions taken out of service for their faults.")
+        self._connections = Gauge("prefixserve_connections", "Open connections.", registry=self.registry)
+        self._connections_refused = counter(
+            "connections_refused",
+            "Connections whose peer was gone, that were refused (peer, full, descriptors), or given up (idle).",
+            ("reason",),
+        )
+        self._gone = self._connections_refused.labels("gone")  # thousands a second, in a storm
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self._inter_token = histogram("inter_token_latency_seconds", "Token to token.", INTER_TOKEN_BUCKETS)
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS)
@@ -110,6 +117,16 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
+
+    def connection_refused(self, reason: str) -> None:
+        self._connections_refused.labels(reason).inc()
+
+    def connection_gone(self) -> None:
+        self._gone.inc()
+
+    def watch_connections(self, num_open: Callable[[], int]) -> None:
+        """Read the count of open connections at every scrape."""
+        self._connections.set_function(num_open)
 
     def aborted(self) -> None:
         self._aborted.inc()

@@ -11,7 +11,6 @@ from typing import Any
 
 import structlog
 import torch
-import uvicorn
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -200,11 +199,12 @@ def run(settings: Settings, console: Console, sockets: list[socket.socket], exam
         publish_examples(state.store, examples)
     task = task_to_try(state.store, state.keys)
 
-    def say_ready(config: uvicorn.Config) -> None:
-        port = port_of(sockets)
+    port = port_of(sockets)
+
+    def say_ready() -> None:
         place = settings.data_dir if settings.redis_url is None else settings.redis_url
         log.info("ready", model=state.model_name, host=settings.host, port=port, registry=name_of(place))
-        curl = curl_line(settings.host, port, config.root_path, state.keys, task)
+        curl = curl_line(settings.host, port, settings.root_path, state.keys, task)
         if settings.log_json:
             log.info("try", curl=curl)
         else:  # alone on its line, to be copied

@@ -16,7 +16,7 @@ import uvicorn
 
 from prefix_store.native_format import write_native
 from prefix_store.prefix import Prefix
-from server.api.app import server_config
+from server.api.app import Server, server_config
 from server.api.state import AppState
 from server.config import Settings
 from server.engine.cpu_kernels import CpuKernels, load_kernels
@@ -55,6 +55,11 @@ class Served:
     clients: ExitStack  # closes those of `as_key` with the server
     server: uvicorn.Server
 
+    def metric(self, name: str) -> float:
+        """A metric as `/metrics` has it, with its labels; 0 where it is not there."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return next((float(line.split()[-1]) for line in lines if line.startswith(f"prefixserve_{name} ")), 0.0)
+
     def generate(self, inputs: str, task: str | None = None, **parameters: object) -> httpx.Response:
         query = {} if task is None else {"task": task}
         return self.http.post("/generate", params=query, json={"inputs": inputs, "parameters": parameters})
@@ -81,7 +86,7 @@ def settings_for(data_dir: Path, **more: object) -> Settings:
 
 
 def serve_in_thread(state: AppState) -> Iterator[Served]:
-    server = uvicorn.Server(server_config(state))
+    server = Server(server_config(state), state, lambda: None)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

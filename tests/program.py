@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -44,15 +45,20 @@ class Program:
 
 
 @contextmanager
-def running(data_dir: Path, *options: str) -> Iterator[Program]:
+def running(data_dir: Path, *options: str, max_descriptors: int | None = None) -> Iterator[Program]:
     """Ready at entry; at exit a SIGTERM must end it with 0, unless it is gone already."""
+
+    def limit() -> None:
+        if max_descriptors is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max_descriptors, max_descriptors))
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--data-dir", str(data_dir), *options]
     with (
         (data_dir.parent / f"{data_dir.name}.log").open("ab") as log,
-        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process,
+        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=limit) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http,
     ):
         try:

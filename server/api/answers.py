@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api.bill import Bill
 from server.api.errors import RequestError
-from server.api.state import AppState
+from server.api.state import AppState, Target
 from server.engine.chat_template import Messages
+from server.engine.errors import EngineError
 from server.engine.request_stream import RequestStream
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Composition, TokenOutput
 
 T = TypeVar("T")
 CLIENT_CLOSED = 499
+KEEP_ALIVE, KEEP_ALIVE_S = ": keep-alive\n\n", 15.0
+COMMIT_S = 15.0  # before an answer's first token; proxies and clients give up after 30 s or more
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True)
@@ -57,47 +61,86 @@ class Answer:
 async def tokenised(
     state: AppState, request: Request, text: str | Messages, max_new_tokens: int, bill: Bill
 ) -> list[int]:
-    """The ids of a prompt or a conversation. Raises as `AsyncEngine.tokenise`; a long text is given up when its caller
-    disconnects."""
-    work = state.engine.tokenise(text, bill.target.members, max_new_tokens, bill.caller.tenant.name)
-    return await (while_connected(request, work) if state.engine.takes_long(text) else work)
+    """The ids of a prompt or a conversation; given up when the caller disconnects. Raises as `AsyncEngine.tokenise`."""
+    tenant = bill.caller.tenant.name
+    return await while_connected(request, state.engine.tokenise(text, bill.target.members, max_new_tokens, tenant))
 
 
-async def start_answers(
+class Rows:
+    """The rows of a request's answers from their admission on: `polls` has those of each answer, several where the
+    members of an ensemble vote."""
+
+    def __init__(self, target: Target, params: list[SamplingParams], polls: list[list[RequestStream]]) -> None:
+        self._target = target
+        self._params = params
+        self.polls = polls
+
+    @property
+    def streams(self) -> list[RequestStream]:
+        return [stream for poll in self.polls for stream in poll]
+
+    async def answers(self) -> list[Answer]:
+        """Wait for the first token of each answer, or where members vote for their last. Raises the engine's errors,
+        and then, or when it is cancelled, frees all rows."""
+        try:
+            if self._target.rule == "vote":
+                finished = [[await stream.rest() for stream in poll] for poll in self.polls]
+                return [_elect(*poll) for poll in zip(self.polls, finished, self._params, strict=True)]
+            firsts = [await anext(stream) for stream in self.streams]
+            return [
+                Answer(stream, (first,), one.seed)
+                for stream, first, one in zip(self.streams, firsts, self._params, strict=True)
+            ]
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Free those that still run."""
+        for stream in self.streams:
+            stream.abort()
+
+
+async def admit_rows(
     state: AppState, request: Request, prompt: str | list[int], params: list[SamplingParams], bill: Bill
-) -> list[Answer]:
-    """Start one answer for each of `params`, all or none, and wait for their first tokens, or where members vote for
-    their last. Raises the engine's errors."""
+) -> Rows:
+    """Start the rows of one answer for each of `params`, all or none. Raises the engine's errors."""
     if isinstance(prompt, list):
         token_ids = prompt
     else:
         token_ids = await tokenised(state, request, prompt, params[0].max_new_tokens, bill)
     state.engine.check_answers(bill.num_streams, len(token_ids))
-    streams: list[RequestStream] = []
     target, tenant = bill.target, bill.caller.tenant.name
+    rows = Rows(target, params, [[] for _ in params])
 
     async def admit(one: SamplingParams, members: tuple[Composition, ...]) -> RequestStream:
         row_id = state.row_id(request.state.request_id)
         stream = await state.engine.generate(token_ids, one, members, row_id, tenant)
-        streams.append(stream)
         bill.watch(stream)
         return stream
 
+    async def admit_all() -> None:
+        for one, poll in zip(params, rows.polls, strict=True):
+            if target.rule != "vote":
+                poll.append(await admit(one, target.members))
+                continue
+            for i, member in enumerate(target.members):
+                poll.append(await admit(_voter(one, i), (member,)))
+
     try:
-        if target.rule == "vote":
-            polls = [
-                [await admit(_voter(one, i), (member,)) for i, member in enumerate(target.members)] for one in params
-            ]
-            finished = [await while_connected(request, _finish_all(voters)) for voters in polls]
-            return [_elect(*poll) for poll in zip(polls, finished, params, strict=True)]
-        for one in params:
-            await admit(one, target.members)
-        firsts = await while_connected(request, _firsts(streams))
-        return [Answer(stream, (first,), one.seed) for stream, first, one in zip(streams, firsts, params, strict=True)]
+        await while_connected(request, admit_all())
     except BaseException:
-        for stream in streams:
-            stream.abort()
+        rows.abort()
         raise
+    return rows
+
+
+async def start_answers(
+    state: AppState, request: Request, prompt: str | list[int], params: list[SamplingParams], bill: Bill
+) -> list[Answer]:
+    """Admit the rows and wait for the answers to begin. Raises the engine's errors."""
+    rows = await admit_rows(state, request, prompt, params, bill)
+    return await while_connected(request, rows.answers())
 
 
 def _voter(params: SamplingParams, index: int) -> SamplingParams:
@@ -123,29 +166,80 @@ def _elect(voters: list[RequestStream], outputs: list[list[TokenOutput]], params
     return Answer(voters[best], tuple(had), params.seed, tuple(votes))
 
 
-async def _finish_all(streams: list[RequestStream]) -> list[list[TokenOutput]]:
-    return [await stream.rest() for stream in streams]
-
-
-async def _firsts(streams: list[RequestStream]) -> list[TokenOutput]:
-    return [await anext(stream) for stream in streams]
-
-
 class EventStream(StreamingResponse):
-    """Server-sent events of `answers`. They are freed however it ends, also before its first event was asked for."""
+    """Server-sent events, with a comment whenever none came for `KEEP_ALIVE_S`, as proxies close what is quiet. `end`
+    is called however the stream ends, also before its first event was asked for."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], answers: list[Answer], headers: dict[str, str]) -> None:
-        super().__init__(events, headers=headers | {"Cache-Control": "no-store"})
-        self._answers = answers
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None], headers: dict[str, str]) -> None:
+        super().__init__(events, headers=headers | UNBUFFERED)
+        self._end = end
+        self._sent_s = 0.0
+        self._is_sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            for answer in self._answers:
-                answer.stream.abort()
+            self._end()
+
+    async def stream_response(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        self._sent_s = now()
+
+        async def send_on(message: Message) -> None:
+            self._is_sending = True
+            await send(message)
+            self._is_sending, self._sent_s = False, now()
+
+        async def keep_alive() -> None:
+            while True:
+                wait_s = self._sent_s + KEEP_ALIVE_S - now()
+                if wait_s > 0 or self._is_sending:  # a caller who does not read needs none
+                    await asyncio.sleep(max(wait_s, 1.0))
+                else:
+                    await send_on({"type": "http.response.body", "body": KEEP_ALIVE.encode(), "more_body": True})
+
+        beating = asyncio.create_task(keep_alive())
+        try:
+            await super().stream_response(send_on)
+        finally:
+            beating.cancel()
+
+
+async def stream_answers(
+    request: Request,
+    rows: Rows,
+    events: Callable[[list[Answer]], AsyncIterator[str]],
+    failure: Callable[[EngineError], str],
+    headers: Callable[[], dict[str, str]],
+) -> EventStream:
+    """The events of the answers. An error within `COMMIT_S` keeps its status: until then nothing is sent. Later it is
+    the event `failure`, as amid a stream. Raises the engine's errors."""
+    waiting = asyncio.ensure_future(rows.answers())
+    waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask for it
+
+    def end() -> None:
+        waiting.cancel()
+        rows.abort()
+
+    async def late() -> AsyncIterator[str]:
+        yield KEEP_ALIVE
+        try:
+            answers = await waiting
+        except EngineError as error:
+            yield failure(error)
+            return
+        async for event in events(answers):
+            yield event
+
+    try:
+        await while_connected(request, asyncio.wait({waiting}, timeout=COMMIT_S))
+        return EventStream(events(waiting.result()) if waiting.done() else late(), end, headers())
+    except BaseException:
+        end()
+        raise
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

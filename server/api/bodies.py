@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
@@ -60,12 +61,20 @@ class Body:
     keep to the pace."""
 
     def __init__(
-        self, receive: Receive, memory: BodyMemory, max_bytes: int, pace: BodyPace, *, is_whole: bool = False
+        self,
+        receive: Receive,
+        memory: BodyMemory,
+        max_bytes: int,
+        pace: BodyPace,
+        *,
+        is_whole: bool = False,
+        is_gone: Callable[[], bool] = lambda: False,
     ) -> None:
         self._pace = pace
         self.tenant: str | None = None
         self._num_containers = 0
         self._receive = receive
+        self._is_gone = is_gone
         self._memory = memory
         self._max_bytes = max_bytes
         self.num_bytes = 0
@@ -75,8 +84,9 @@ class Body:
         self.is_whole = is_whole
 
     async def receive(self) -> Message:
-        """As ASGI's. Raises HTTPException 408 for one that comes too slowly, 413 as soon as there is too much of it,
-        503 when there are too many, 429 when its tenant sends more large ones than are read."""
+        """As ASGI's; of a caller who is gone by the end of the body a disconnect, so that nobody parses it. Raises
+        HTTPException 408 for one that comes too slowly, 413 as soon as there is too much of it, 503 when there are too
+        many, 429 when its tenant sends more large ones than are read."""
         if self.is_whole:
             return await self._receive()
         due_s = self._started_s + GRACE_S + self.num_bytes / MIN_BYTES_PER_S
@@ -98,9 +108,11 @@ class Body:
         self._num_held += num_bytes
         if self.tenant is not None:
             self._num_containers += content.count(b"[") + content.count(b"{")
-            if self.is_whole and self.num_bytes > FREE_BYTES:
+            if self.is_whole and self.num_bytes > FREE_BYTES and not self._is_gone():
                 cost = self.num_bytes + CONTAINER_BYTES * self._num_containers
                 await asyncio.sleep(self._pace.reserve(self.tenant, cost))
+        if self.is_whole and self._is_gone():
+            return {"type": "http.disconnect"}
         return message
 
     async def drop_rest(self) -> None:

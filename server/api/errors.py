@@ -148,31 +148,43 @@ PROBLEMS = documented(
 )
 
 
+def own_path(request: Request) -> str:
+    """The path as routes have it, without the prefix that the server is served behind."""
+    path: str = request.state.path
+    return path
+
+
+def refusal(path: str, error: Exception) -> JSONResponse:
+    """The answer to an error that has a status."""
+    status, headers = status_of(error), dict(getattr(error, "headers", {}))
+    if status == 401:
+        headers.setdefault("WWW-Authenticate", "Bearer")
+    if status in (429, 503) and not headers.keys() & NO_RETRY:
+        headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return error_response(path, status, str(error), param=param, code=code, headers=headers)
+
+
 def install(app: FastAPI) -> None:
     """One handler for every exception that may reach a route's end."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
-        status, headers = status_of(error), dict(getattr(error, "headers", {}))
         if getattr(error, "detail", ""):
-            log.warning("refused", status=status, path=request.url.path, reason=store_errors.in_full(error))
-        if status == 401:
-            headers.setdefault("WWW-Authenticate", "Bearer")
-        if status in (429, 503) and not headers.keys() & NO_RETRY:
-            headers.setdefault("Retry-After", str(getattr(error, "retry_after_s", RETRY_S)))
+            reason = store_errors.in_full(error)
+            log.warning("refused", status=status_of(error), path=own_path(request), reason=reason)
         if isinstance(error, store_errors.MemberError):
             error = error.seen_by(request.state.caller.allows_task)
-        param, code = getattr(error, "param", None), getattr(error, "code", None)
-        return error_response(request.url.path, status, str(error), param=param, code=code, headers=headers)
+        return refusal(own_path(request), error)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         wrong = field_error(error.errors(), error.body)
-        return error_response(request.url.path, 422, wrong.message, param=wrong.path or None)
+        return error_response(own_path(request), 422, wrong.message, param=wrong.path or None)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers or {})
-        return error_response(request.url.path, error.status_code, str(error.detail), headers=headers)
+        return error_response(own_path(request), error.status_code, str(error.detail), headers=headers)
 
     for kind in (RequestError, store_errors.PrefixStoreError, engine_errors.EngineError):
         app.add_exception_handler(kind, known)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.answers import Answer, EventStream, answer_headers, start_answers, while_connected
+from server.api.answers import (
+    Answer,
+    EventStream,
+    admit_rows,
+    answer_headers,
+    start_answers,
+    stream_answers,
+    while_connected,
+)
 from server.api.auth import Asking, Caller
 from server.api.bill import admit
 from server.api.errors import TGI_ERRORS, RequestError, also, status_of, tgi_type
@@ -96,9 +105,11 @@ async def _answer(
     lead = body.inputs if parameters.return_full_text else ""
     with await admit(state, caller, target, len(body.inputs.encode()), 1, max_new_tokens) as bill:
         params = [parameters.sampling_params(max_new_tokens, state.defaults)]
-        (answer,) = await start_answers(state, request, body.inputs, params, bill)
         if streams:
-            return EventStream(_events(answer, target, lead), [answer], answer_headers(bill, answer.stream))
+            rows = await admit_rows(state, request, body.inputs, params, bill)
+            headers = partial(answer_headers, bill, rows.streams[0])
+            return await stream_answers(request, rows, lambda found: _events(found[0], target, lead), _failure, headers)
+        (answer,) = await start_answers(state, request, body.inputs, params, bill)
         async with answer.stream:
             outputs = await while_connected(request, answer.finish())
     reply: dict[str, Any] = {"generated_text": lead + answer.stream.generated_text}
@@ -123,8 +134,12 @@ async def _events(answer: Answer, target: Target, lead: str) -> AsyncIterator[st
                 }
                 yield f"data: {json.dumps(event)}\n\n"
         except EngineError as error:
-            failure = {"error": str(error), "error_type": tgi_type(status_of(error))}
-            yield f"data: {json.dumps(failure)}\n\n"
+            yield _failure(error)
+
+
+def _failure(error: EngineError) -> str:
+    failure = {"error": str(error), "error_type": tgi_type(status_of(error))}
+    return f"data: {json.dumps(failure)}\n\n"
 
 
 def _token(output: TokenOutput) -> dict[str, Any]:

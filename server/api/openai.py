@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +17,15 @@ from fastapi.responses import JSONResponse, Response
 
 from prefix_store.errors import NotFoundError
 from prefix_store.task import Task, Version
-from server.api.answers import Answer, EventStream, answer_headers, start_answers, tokenised, while_connected
+from server.api.answers import (
+    Answer,
+    EventStream,
+    admit_rows,
+    answer_headers,
+    stream_answers,
+    tokenised,
+    while_connected,
+)
 from server.api.auth import Asking, Caller
 from server.api.bill import Bill, admit
 from server.api.errors import OPENAI_ERRORS, RequestError, also, openai_error, status_of
@@ -183,13 +192,15 @@ async def _answer(
     check_least("min_tokens", body.min_tokens, "max_completion_tokens" if is_new_name else "max_tokens", max_new_tokens)
     defaults = state.defaults
     params = [body.sampling_params(max_new_tokens, num_top_logprobs, i, defaults) for i in range(body.n or 1)]
-    answers = await start_answers(state, request, prompt, params, bill)
+    rows = await admit_rows(state, request, prompt, params, bill)
     prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
     texts = TokenTexts(state.engine.tokenizer)
     reply = Reply(state, target, body.model, f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), texts)
     if body.stream:
-        events = _events(reply, answers, body.stream_options or StreamOptions())
-        return EventStream(events, answers, answer_headers(bill, answers[0].stream))
+        options = body.stream_options or StreamOptions()
+        headers = partial(answer_headers, bill, rows.streams[0])
+        return await stream_answers(request, rows, lambda found: _events(reply, found, options), _failure, headers)
+    answers = await while_connected(request, rows.answers())
     try:
         finished = await while_connected(request, _finish_all(answers))
     finally:
@@ -247,7 +258,7 @@ async def _events(reply: Reply, answers: list[Answer], options: StreamOptions) -
         while num_running:
             index, output = await merged.get()
             if isinstance(output, EngineError):
-                yield f"data: {json.dumps({'error': openai_error(status_of(output), str(output))})}\n\n"
+                yield _failure(output)
                 return
             num_read += 1
             num_running -= output.finish_reason is not None
@@ -269,6 +280,10 @@ async def _events(reply: Reply, answers: list[Answer], options: StreamOptions) -
             task.cancel()
         for answer in answers:
             answer.stream.abort()
+
+
+def _failure(error: EngineError) -> str:
+    return f"data: {json.dumps({'error': openai_error(status_of(error), str(error))})}\n\n"
 
 
 def _begins_in(output: TokenOutput, text: str) -> bool:

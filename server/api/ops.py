@@ -31,10 +31,12 @@ async def healthz(state: State) -> dict[str, str]:
 @router.get("/readyz", summary="Ready for requests")
 async def readyz(state: State) -> dict[str, str]:
     """503 before the model is loaded and the registry seen, and from a stop signal on. Without a shared registry it is
-    ready, and says that it goes on with what it saw last."""
+    ready, and says that it goes on with what it saw last; so too where connections had to be refused or given up in
+    the last seconds, for want of room or of descriptors."""
     if not state.is_ready:
         raise RequestError(503, "the server is stopping" if state.is_draining else "the server is not ready yet")
-    return {"status": "ready", "registry": "degraded" if state.registry.is_degraded else "ok"}
+    said = {"status": "ready", "registry": "degraded" if state.registry.is_degraded else "ok"}
+    return said | ({"connections": "short"} if state.connections.is_short else {})
 
 
 @router.get("/info", summary="What is served")

@@ -21,6 +21,7 @@ from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
 from prefix_store.task import Task, Version
 from server.api.auth import Caller, KeyRing
+from server.api.connections import Connections
 from server.api.errors import RequestError
 from server.api.faults import FaultWatch
 from server.api.limits import RateLimits
@@ -95,6 +96,7 @@ class AppState:
     meter: Meter
     metrics: Metrics
     defaults: GenerationDefaults
+    connections: Connections = field(init=False)
     faults: FaultWatch = field(default_factory=FaultWatch)
     is_draining: bool = False
     is_registry_seen: bool = False
@@ -106,6 +108,9 @@ class AppState:
     _pinning: asyncio.Lock = field(default_factory=asyncio.Lock)
     _evictions: set[asyncio.Task[None]] = field(default_factory=set)
     labels: OrderedDict[str, Label] = field(default_factory=OrderedDict)  # a prefix's key -> its version last in use
+
+    def __post_init__(self) -> None:
+        self.connections = Connections(self.settings, self.metrics)
 
     @property
     def model_name(self) -> str:

@@ -141,9 +141,10 @@ async def upload(
         state.faults.forget(published.version)
         state.engine.forget_failures(tenant)
     await state.sync_pins()
+    shown = name_for(caller.tenant.name, published.task)
     headers = {
         "ETag": f'"{published.task.revision}"',
-        "Location": f"/v1/prefixes/{name_for(caller.tenant.name, published.task)}/versions/{published.version.version}",
+        "Location": f"{state.settings.root_path}/v1/prefixes/{shown}/versions/{published.version.version}",
     }
     body = manifest(state, caller, published.task, published.version) | {"unchanged": not published.is_new}
     return JSONResponse(body, 201 if published.is_new else 200, headers)
