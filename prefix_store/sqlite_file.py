@@ -143,9 +143,10 @@ class SqliteFile:
 
     def _connect(self, path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
+        self._connections.append(db)
+        _refuse_others(db)  # before anything is changed in the file
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = {self._synchronous}")
-        self._connections.append(db)
         return db
 
     @contextmanager
@@ -191,8 +192,6 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             table, column = min(missing)
             raise sqlite3.OperationalError(f"no such column: {table}.{column}")
         return
-    if not found and db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
-        raise sqlite3.OperationalError("table of another program")
     for statement in SCHEMA.split(";"):
         db.execute(statement)
     if db.execute("SELECT 1 FROM tenants_revision").fetchone() is None:
@@ -206,23 +205,17 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
+def _refuse_others(db: sqlite3.Connection) -> None:
+    """Raises sqlite3.OperationalError for a file with tables and without a schema's number."""
+    has_number = db.execute("PRAGMA user_version").fetchone()[0]
+    if not has_number and db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
+        raise sqlite3.OperationalError("table of another program")
+
+
 def _expected_columns() -> set[tuple[str, str]]:
     with closing(sqlite3.connect(":memory:")) as db:
         db.executescript(SCHEMA)
         return set(db.execute(COLUMNS).fetchall())
-
-
-def has_tables(path: Path) -> bool:
-    """Whether the file has a registry's tables, or is SQLite and cannot be read: opening it says why. It is not
-    changed."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            tables = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name IN ('task_documents', 'tasks')"
-            return db.execute(tables).fetchone() is not None
-    except sqlite3.Error as error:
-        return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) != sqlite3.SQLITE_NOTADB
 
 
 def put_task(db: sqlite3.Connection, task: Task) -> None:

@@ -16,7 +16,7 @@ from prefix_store.draft import Draft, Stored, Write
 from prefix_store.entries import FILES, MODELS, PINNED, file_entry, model_entry, shared_entry
 from prefix_store.registry import Identity, NewFile, Registry, TaskCounts
 from prefix_store.sqlite_accounts import SqliteAccounts, accounts_in, put_audit, put_tenant
-from prefix_store.sqlite_file import REMEDY, SqliteFile, has_tables, put_task
+from prefix_store.sqlite_file import REMEDY, SqliteFile, put_task
 from prefix_store.task import EVERYONE, Task
 
 T = TypeVar("T")
@@ -53,8 +53,8 @@ class SqliteRegistry(SqliteAccounts, Registry):
 
     @staticmethod
     def is_there(path: Path) -> bool:
-        """Whether `path` is a registry, or one that is damaged: not another file, nor an empty one."""
-        return has_tables(path)
+        """Whether there is a file: opening it says what is wrong with one that is no registry."""
+        return path.exists()
 
     def change(
         self, tenant: str, decide: Callable[[Draft], T], file: NewFile | None = None, *, by: Author = SERVER

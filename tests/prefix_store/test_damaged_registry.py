@@ -82,6 +82,9 @@ def test_every_command_names_the_damaged_file_and_what_to_do(
     path = make(tmp_path / "data")
     DAMAGES[damage](path)
     before = path.read_bytes()
+    shared = RedisRegistry(redis_process.url)
+    shared.update_tenant(OURS, lambda _: Tenant(OURS))
+    shared.close()
     at = ("--data-dir", tmp_path / "data")
     for words in (
         ("serve", "--model", model_path, *at),
