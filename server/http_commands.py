@@ -13,7 +13,7 @@ from server.base_folders import base_fingerprint
 from server.client import Client
 from server.options import LOCAL, AcceptBase, ApiKey, AsJson, BaseFolder, Index, ModelOption, Url, option, settings_of
 from server.preflight import check_model
-from server.terminal import fail, plain_errors, print_json, print_table, print_text, say, show, upload_bar
+from server.terminal import console, fail, plain_errors, print_json, print_table, print_text, say, show, upload_bar
 
 app = typer.Typer()
 HOW_TO_ASK = """
@@ -145,7 +145,7 @@ def list_(
     num_incompatible = sum(task["status"] == "incompatible" for task in tasks)
     if num_incompatible:
         text = "tasks were stored for another model than the served one: they answer 409"
-        say(f"{num_incompatible} of {len(tasks)} {text}")
+        console.print(f"{num_incompatible} of {len(tasks)} {text}", highlight=False, soft_wrap=True)
 
 
 @app.command("show")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from server.cli import app
 from server.model_files import ModelFiles
 from server.start import make_state
-from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for
+from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for, write_key
 
 LINE = "tasks_stored_for_another_model_answer_409"
 
@@ -23,7 +23,7 @@ LINE = "tasks_stored_for_another_model_answer_409"
 def data_dir(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tasks of the tiny model, two of them live, and one of a tenant's."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "operator.key").write_text(OPERATOR_KEY)
+    write_key(folder / "operator.key", OPERATOR_KEY)
     settings = settings_for(folder, operator_key_file=folder / "operator.key")
     with capture_logs() as lines:
         for served in serve_in_thread(make_state(settings, ModelFiles(model_path, NAME))):

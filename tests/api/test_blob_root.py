@@ -44,7 +44,7 @@ def serving(settings: Settings, model_path: Path) -> Iterator[Served]:
 
 def run(*words: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, list(words))
-    return done.exit_code, done.output
+    return done.exit_code, done.stdout or done.stderr
 
 
 def stored(root: Path) -> dict[Path, bytes]:

@@ -247,6 +247,7 @@ WRONG: list[dict[str, Any] | str] = [
     {"num_return_sequences": 3},
     {"early_stopping": "perhaps"},
 ]
+NOT_SERVED = "generation_config_not_served"  # libraries have things of their own to say
 NOT_NAMED = [{"suppress_tokens": 5}, {"max_new_tokens": "many"}]  # by transformers, which reads them first
 
 
@@ -294,8 +295,8 @@ def test_a_field_that_is_not_served_is_named_at_start(name: str, model_with: Mod
     with capture_logs() as logs:
         fields = read_generation_config(model_with({"eos_token_id": EOS, name: UNSERVED[name]}), "auto")
         read_generation_config(model_with({"eos_token_id": EOS, name: UNSERVED[name]}), "none")
-    assert [(entry["event"], entry["log_level"], entry["fields"]) for entry in logs] == [
-        ("generation_config_not_served", "warning", [name])
+    assert [(entry["log_level"], entry["fields"]) for entry in logs if entry["event"] == NOT_SERVED] == [
+        ("warning", [name])
     ]
     assert fields.suppress_tokens in ((), (5,))
     assert fields.temperature == 1.0
@@ -305,16 +306,16 @@ def test_fields_of_beams_are_named_with_beams_only(model_with: Model) -> None:
     ofbart = {"length_penalty": 2.0, "early_stopping": True}
     with capture_logs() as logs:
         read_generation_config(model_with(ofbart), "auto")
-        assert not logs
         read_generation_config(model_with(ofbart | {"num_beams": 4}), "auto")
-    assert logs[0]["fields"] == ["num_beams", "length_penalty", "early_stopping"]
+    (told,) = [entry for entry in logs if entry["event"] == NOT_SERVED]
+    assert told["fields"] == ["num_beams", "length_penalty", "early_stopping"]
 
 
 def test_nothing_is_told_of_a_file_that_is_served_whole(model_with: Model) -> None:
     more = {"max_length": 20, "prompt_lookup_num_tokens": 3, "renormalize_logits": True, "use_cache": True}
     with capture_logs() as logs:
         read_generation_config(model_with(FILE | more), "auto")
-    assert not logs
+    assert not [entry for entry in logs if entry["event"] == NOT_SERVED]
 
 
 def test_values_of_a_config_without_the_file_hold(model_with: Model) -> None:

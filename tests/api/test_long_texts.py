@@ -15,7 +15,7 @@ from server.engine.async_engine import MAX_LONG_TEXTS
 from server.engine.text_lanes import LONG_TEXT
 from server.model_files import ModelFiles
 from server.start import make_state
-from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, serve_in_thread, settings_for
+from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, serve_in_thread, settings_for, write_key
 from tests.tokenizer_makes import save_scripted_model, unigram
 from tests.waiting import eventually
 
@@ -26,11 +26,12 @@ LONG = "the " * (LONG_TEXT // 4 + 1)  # words: a tokenizer of which nothing is k
 def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A model whose tokenizer may make one token of any text, and a queue of two."""
     folder = tmp_path_factory.mktemp("words")
-    (folder / "operator.key").write_text(OPERATOR_KEY)
+    write_key(folder / "operator.key", OPERATOR_KEY)
     tokenizer = unigram()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     path = save_scripted_model(folder / NAME, tokenizer, [5, 6])
-    settings = settings_for(folder / "data", max_queued=2, operator_key_file=folder / "operator.key")
+    more = {"max_queued": 2, "max_requests_per_key": 64, "operator_key_file": folder / "operator.key"}
+    settings = settings_for(folder / "data", **more)
     for served in serve_in_thread(make_state(settings, ModelFiles(path, NAME))):
         yield served.as_key(OPERATOR_KEY)
 

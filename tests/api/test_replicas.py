@@ -26,7 +26,11 @@ def replica(folder: Path, redis_url: str, model_path: Path, name: str) -> Iterat
     """Its copy of the registry is its own, the files are shared."""
     key_file = write_key(folder / "operator.key", OPERATOR_KEY)
     settings = settings_for(
-        folder / name, operator_key_file=key_file, redis_url=redis_url, blob_url=str(folder / "blobs")
+        folder / name,
+        operator_key_file=key_file,
+        redis_url=redis_url,
+        blob_url=str(folder / "blobs"),
+        max_requests_per_key=128,
     )
     serving = serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))
     try:

@@ -92,7 +92,7 @@ class TestSlowUploads:
             eventually(lambda: idle.state.num_active == NUM_SLOW)
             assert idle.put("quick", body).status_code == 201
             assert idle.generate("x", "quick", max_new_tokens=2).status_code == 200
-            assert idle.state.num_active == NUM_SLOW, "they are all still there"
+            eventually(lambda: idle.state.num_active == NUM_SLOW)  # they are all still there
             assert gate_of(idle).uploads.num_bytes <= NUM_SLOW * 2 * (100 + NUM_SLOW)
             one.sendall(body[100 + NUM_SLOW - 1 :])  # the last goes on after all
             assert one.recv(12) == b"HTTP/1.1 201"

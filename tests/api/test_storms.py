@@ -18,9 +18,10 @@ from server.api import connections, listener
 from server.api.connections import peer_of
 from server.api.state import AppState
 from server.engine.async_engine import AsyncEngine
+from server.engine.prompt_tokenizer import CheckLength, PromptTokenizer
 from server.model_files import ModelFiles
 from server.start import make_state
-from tests.conftest import NAME, NATIVE, Served, bearer, make_tenant, native, serve_in_thread, settings_for
+from tests.conftest import NAME, NATIVE, Served, bearer, make_tenant, native, serve_in_thread, settings_for, write_key
 from tests.raw_http import connect, everything, parsed
 from tests.waiting import SOON_S, eventually
 
@@ -83,7 +84,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("resolve_task", "remotely"):
         remember(AppState, name)
-    for name in ("generate", "tokenising", "check"):
+    for name in ("generate", "tokenise", "check"):
         remember(AsyncEngine, name)
     remember(SqliteRegistry, "list_tasks")
     return found
@@ -120,39 +121,29 @@ def test_a_caller_who_goes_after_the_connection_begins_nothing(served: Served, b
     assert begun == []
 
 
-class WaitingTokenizer:
-    """The model's tokenizer, which waits at its first text until it may go on."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.texts: list[str] = []
-        self.may_go_on = threading.Event()
-
-    def __call__(self, text: str, **more: Any) -> Any:
-        self.texts.append(text)
-        assert self.may_go_on.wait(SOON_S)
-        return self._tokenizer(text, **more)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-
 def test_who_goes_while_its_prompt_waits_is_not_tokenised(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = served.state.engine
-    waiting = WaitingTokenizer(engine.tokenizer)
-    monkeypatch.setattr(engine, "tokenizer", waiting)
+    texts: list[str] = []
+    may_go_on = threading.Event()
+    ids = PromptTokenizer.ids
+
+    def wait_first(tokenizer: PromptTokenizer, text: str, check: CheckLength) -> list[int]:
+        texts.append(text)
+        assert may_go_on.wait(SOON_S)
+        return ids(tokenizer, text, check)
+
+    monkeypatch.setattr(PromptTokenizer, "ids", wait_first)
     with connect(served) as first:
         first.sendall(request("POST", "/generate", b'{"inputs": "first", "parameters": {"max_new_tokens": 1}}'))
-        eventually(lambda: waiting.texts == ["first"])
+        eventually(lambda: texts == ["first"])
         with ExitStack() as stack:
             for _ in range(5):
                 stack.enter_context(connect(served)).sendall(WHOLE["generate"])
             eventually(lambda: served.state.num_active == 6)
         eventually(lambda: served.state.num_active == 1)
-        waiting.may_go_on.set()
+        may_go_on.set()
         assert first.recv(12) == b"HTTP/1.1 200"
-    assert waiting.texts == ["first"]
-    assert engine.stats().num_waiting == 0
+    assert texts == ["first"]
+    assert served.state.engine.stats().num_waiting == 0
 
 
 class TestRefusals:
@@ -213,8 +204,8 @@ def small(model_path: Path, tmp_path: Path) -> Iterator[Served]:
 @pytest.fixture
 def narrow(model_path: Path, tmp_path: Path) -> Iterator[Served]:
     """A server that takes two requests of a key at once, asked by its operator."""
-    (tmp_path / "key").write_text("k" * 40)
-    settings = settings_for(tmp_path / "data", max_requests_per_key=2, operator_key_file=tmp_path / "key")
+    key_file = write_key(tmp_path / "key", "k" * 40)
+    settings = settings_for(tmp_path / "data", max_requests_per_key=2, operator_key_file=key_file)
     for found in serve_in_thread(make_state(settings, ModelFiles(model_path, NAME))):
         yield found.as_key("k" * 40)
 
