@@ -37,7 +37,7 @@ def match_base(
     else:
         reason = f"trained for {prefix.base_model!r}, served is {' or '.join(sorted(names))!r}"
     if not accept_base:
-        raise BaseMismatchError(f"base model: {reason}; accept_base=1 (--accept-base) stores it all the same")
+        raise BaseMismatchError(f"base model: {reason}; accept_base=1 (--accept-base) takes it as it is")
     return "mismatch"
 
 

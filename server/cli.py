@@ -47,7 +47,10 @@ def serve(
     model_name: str | None = None,
     model_alias: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
     model_revision: str | None = None,
-    data_dir: Path | None = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Registry and files; none: prefixserve in $XDG_DATA_HOME or ~/.local/share."),
+    ] = None,
     redis_url: Annotated[str | None, typer.Option(help="A registry that replicas share: redis://HOST:6379/0.")] = None,
     blob_url: Annotated[str | None, typer.Option(help="Where files are, for fsspec, as s3://BUCKET/FOLDER.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16")] = None,

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 MIB = 1 << 20
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+|null", re.IGNORECASE)
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]*[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
+SIZE = re.compile(r"[0-9]*\.?[0-9]+\s*[A-Za-z]*")
 
 
 def default_data_dir() -> Path:
@@ -112,6 +113,13 @@ class Settings(BaseSettings):
         for each in value:
             if each != "*" and not ORIGIN.fullmatch(each):
                 raise ValueError(f"an origin must be as https://HOST or https://HOST:PORT, or *, got {each!r}")
+        return value
+
+    @field_validator("kv_bytes", "prefix_bytes", "max_upload_bytes", mode="before")
+    @classmethod
+    def _is_one_size(cls, value: object) -> object:
+        if isinstance(value, str) and not SIZE.fullmatch(value.strip()):  # pydantic reads 1,5GiB as one byte
+            raise ValueError(f"a size must be as 512MiB or 1.5GiB, got {value!r}")
         return value
 
     @field_validator("root_path")

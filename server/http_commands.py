@@ -96,7 +96,8 @@ def _show_pushed(manifest: dict[str, Any]) -> None:
     if manifest["next_step"] is not None:
         say(f"not live: {manifest['next_step']}")
     elif manifest["active"] != version and str(version) not in (manifest["weights"] or {}):
-        say(f"not live: `prefixserve activate {task} {version}` makes it live")
+        weights = " and ends the weights that are set" if manifest["weights"] else ""
+        say(f"not live: `prefixserve activate {task} {version}` makes it live{weights}")
 
 
 def _uploads(task: str, path: Path, index: int | None, every: bool) -> list[tuple[str, int | None]]:
@@ -145,7 +146,15 @@ def list_(
     num_incompatible = sum(task["status"] == "incompatible" for task in tasks)
     if num_incompatible:
         text = "tasks were stored for another model than the served one: they answer 409"
-        console.print(f"{num_incompatible} of {len(tasks)} {text}", highlight=False, soft_wrap=True)
+        _note(f"{num_incompatible} of {len(tasks)} {text}")
+    num_without = sum(task["active"] is None for task in tasks)
+    if num_without:
+        _note(f"{num_without} of {len(tasks)} have no live version: `prefixserve show TASK` says what theirs lack")
+
+
+def _note(text: str) -> None:
+    """Beside a table, where it does not disturb who reads the table."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("show")
@@ -156,16 +165,28 @@ def show_(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson =
     if as_json or "versions" not in found:
         show(found, as_json)
         return
-    versions = found.pop("versions")
-    show(found, as_json)
-    names = ("version", "digest", "kind", "num_virtual_tokens", "num_bytes", "base", "status", "residency", "note")
-    for version in versions:
-        version["digest"] = version["digest"][:12]
-    print_table(names, [tuple(version.get(name, "") for name in names) for version in versions])
+    versions = found["versions"]
+    _show_task(found, as_json)
     for version in versions:
         if version.get("next_step") is not None:
             say(f"version {version['version']}: {version['next_step']}")
-    print(HOW_TO_ASK.format(task=escaped(found["task"])))
+        elif version["base_accepted"] and version["base"] in ("mismatch", "unverified"):
+            what = "trained for another model" if version["base"] == "mismatch" else "its base model was not verified"
+            named = f", the file names {version['claimed_base']!r}" if version.get("claimed_base") else ""
+            say(f"version {version['version']}: {what}{named}; taken as it is")
+    live = found["active"] is not None or not versions
+    print(HOW_TO_ASK.format(task=escaped(found["task"] if live else f"{found['task']}@{versions[-1]['version']}")))
+
+
+def _show_task(task: dict[str, Any], as_json: bool) -> None:
+    """A task, and its versions as a table."""
+    if as_json:
+        print_json(task)
+        return
+    show({name: field for name, field in task.items() if name != "versions"}, as_json)
+    names = ("version", "digest", "kind", "num_virtual_tokens", "num_bytes", "base", "status", "residency", "note")
+    versions = [version | {"digest": version["digest"][:12]} for version in task["versions"]]
+    print_table(names, [tuple(version.get(name, "") for name in names) for version in versions])
 
 
 @app.command()
@@ -179,14 +200,14 @@ def activate(
 ) -> None:
     """Make VERSION of TASK live."""
     with plain_errors(), Client(url, api_key) as client:
-        show(client.activate(task, version, accept_base=accept_base), as_json)
+        _show_task(client.activate(task, version, accept_base=accept_base), as_json)
 
 
 @app.command()
 def rollback(task: str, url: Url = LOCAL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Back to the version that was live before."""
     with plain_errors(), Client(url, api_key) as client:
-        show(client.activate(task, "previous"), as_json)
+        _show_task(client.activate(task, "previous"), as_json)
 
 
 @app.command()

@@ -148,9 +148,10 @@ def load_tokenizer(path: Path) -> Any:
         decode = TokenTexts(tokenizer).decode
         has_text = any(decode([token_id]).strip() for token_id in range(len(tokenizer)))
     except Exception as error:  # whatever its files, or a package that it needs, give rise to
-        raise StartError(
-            f"expected a tokenizer in the model's folder {path}, it cannot be loaded: {reason_of(error)}"
-        ) from error
+        names = ("tokenizer.json", "tokenizer_config.json")
+        is_there = any((path / name).exists() for name in names)
+        why = f"it cannot be loaded: {reason_of(error)}" if is_there else f"found neither {' nor '.join(names)}"
+        raise StartError(f"expected a tokenizer in the model's folder {path}, {why}") from error
     if not has_text:
         raise StartError(f"expected a tokenizer's files in the model's folder {path}, found none")
     return tokenizer

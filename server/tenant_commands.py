@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from prefix_store.audit import AuditEntry, Author
     from prefix_store.tenants import Limits, Tenant
 
-MISSING = "; give the --data-dir or --redis-url of the server, or --create for a new one"
+MISSING = "; give the --data-dir or --redis-url of the server"
+OR_CREATE = ", or --create for a new one"
 app = typer.Typer(no_args_is_help=True, help="Tenants, their keys and limits, in the registry itself.")
 Given = Annotated[
     list[str] | None,
@@ -184,7 +185,7 @@ def _change(
         if done is not None:
             yield by.entry(name, done, name)
 
-    with opened(place, creates=creates, hint=MISSING) as registry:
+    with opened(place, creates=creates, hint=MISSING + OR_CREATE) as registry:
         tenant = registry.update_tenant(name, change, record)
     assert tenant is not None
     return tenant

@@ -42,7 +42,11 @@ def plain_errors(fails: Callable[[str], NoReturn] = fail) -> Iterator[None]:
     except OSError as error:
         fails(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except ValidationError as error:
-        fails("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()))
+        fails("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {_said(e['msg'])}" for e in error.errors()))
+
+
+def _said(message: str) -> str:
+    return message.removeprefix("Value error, ")  # of a validator of ours
 
 
 def show(value: dict[str, Any], as_json: bool) -> None:

@@ -186,6 +186,7 @@ def test_push_of_what_was_trained_on_another_folder_is_refused(cli: Cli, served:
     assert served.http.get("/v1/prefixes/cli-mismatch").status_code == 404
     assert cli.json("inspect", trained, exit_code=1)["base"] == "mismatch"
     assert cli.json("push", "cli-mismatch", trained, "--accept-base")["base"] == "mismatch"
+    assert "version 1: trained for another model" in cli.run("show", "cli-mismatch").stdout
 
 
 @pytest.mark.parametrize("base", ["/models/that/are/elsewhere", "", None])
@@ -198,8 +199,13 @@ def test_push_of_an_unverified_file_says_what_to_do_next(cli: Cli, served: Serve
     assert "--accept-base" in second
     assert second.removeprefix("not live: ") in cli.run("show", "cli-unverified").stdout
     assert second.removeprefix("not live: ") == cli.json("inspect", trained)["next_step"]
+    assert "prefixserve generate cli-unverified@1 TEXT" in cli.run("show", "cli-unverified").stdout
+    assert " have no live version: `prefixserve show TASK`" in cli.run("list").stdout
     assert "--accept-base" in cli.refused("activate", "cli-unverified", "1")
     assert cli.json("activate", "cli-unverified", "1", "--accept-base")["active"] == 1
+    text = cli.run("show", "cli-unverified").stdout
+    assert "version 1: its base model was not verified" in text
+    assert "generate cli-unverified TEXT" in text
 
 
 def test_push_takes_the_folder_that_it_is_given(cli: Cli, trained: Path, model_path: Path) -> None:
@@ -217,6 +223,13 @@ def test_push_of_known_content_says_unchanged_and_whether_it_is_live(cli: Cli, t
     assert cli.json("show", f"{task}@1")["note"] == "again"
     assert cli.run("push", task, files / "two.safetensors").stdout.splitlines()[1:] == []
     assert cli.json("push", task, files / "one.safetensors", "--activate", "true")["active"] == 1
+
+
+def test_push_beside_weights_says_that_activating_ends_them(cli: Cli, served: Served, task: str, files: Path) -> None:
+    weighed = served.http.post(f"/v1/prefixes/{task}/activate", json={"weights": {"2": 100}})
+    assert weighed.status_code == 200, weighed.text
+    pushed = cli.run("push", task, files / "one.safetensors").stdout
+    assert pushed.endswith(f"`prefixserve activate {task} 1` makes it live and ends the weights that are set\n")
 
 
 def test_dry_run_checks_the_files_and_sends_nothing(cli: Cli, served: Served, files: Path) -> None:
@@ -282,7 +295,10 @@ def test_activate_and_rollback(cli: Cli, task: str) -> None:
     for version, active in (("1", 1), (digest[:12], 2), ("previous", 1)):
         assert cli.json("activate", task, version)["active"] == active
     assert cli.json("rollback", task)["active"] == 2
-    assert "active: 1\n" in cli.run("rollback", task).stdout
+    text = cli.run("rollback", task).stdout
+    assert "active: 1\n" in text
+    assert "versions: [" not in text
+    assert digest[:12] in text
     assert "no version '9'" in cli.refused("activate", task, "9")
 
 
@@ -369,7 +385,7 @@ def test_inspect_says_why_it_does_not_fit(cli: Cli, files: Path) -> None:
         ("multitask", (), "index must be 0 to 2"),
         ("multitask", ("--index", "3"), "index must be 0 to 2"),
         ("one.safetensors", ("--index", "0"), "index picks a task of a PEFT multitask file; a native file has one"),
-        ("other.safetensors", (), "; accept_base=1 (--accept-base) stores it all the same"),
+        ("other.safetensors", (), "; accept_base=1 (--accept-base) takes it as it is"),
     ):
         found = cli.json("inspect", files / name, *options, exit_code=1)
         assert found["fits"] is False

@@ -57,6 +57,8 @@ def refused(tmp_path: Path, *arguments: str) -> str:
         (("serve", "--dtype", "float8"), "dtype"),
         (("serve", "--device", "tpu"), "device must be cpu, cuda or cuda:N"),
         (("serve", "--kv-bytes", "much"), "kv_bytes"),
+        (("serve", "--kv-bytes", "1,5GiB"), "kv_bytes: a size must be as 512MiB or 1.5GiB, got '1,5GiB'"),
+        (("serve", "--max-upload-bytes", "2GiB!"), "max_upload_bytes"),
         (("serve", "--max-rows", "0"), "max_rows"),
         (("serve", "--host", "no-such-host.invalid"), "no-such-host.invalid"),
         (("serve", "--host", "0.0.0.0", "--port", "0"), "loopback"),

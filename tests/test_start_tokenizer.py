@@ -53,6 +53,13 @@ def test_tokenizer_that_cannot_be_loaded_stops_the_start(
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_without_a_tokenizers_files_says_which(model_path: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(model_path, tmp_path / NAME)
+    remove(path)
+    with pytest.raises(StartError, match=r"found neither tokenizer\.json nor tokenizer_config\.json"):
+        start(path, tmp_path / "data")
+
+
 def test_family_that_makes_an_empty_tokenizer_without_files_stops_the_start(tmp_path: Path) -> None:
     config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / NAME)
