@@ -200,7 +200,7 @@ def test_push_of_an_unverified_file_says_what_to_do_next(cli: Cli, served: Serve
     assert second.removeprefix("not live: ") in cli.run("show", "cli-unverified").stdout
     assert second.removeprefix("not live: ") == cli.json("inspect", trained)["next_step"]
     assert "prefixserve generate cli-unverified@1 TEXT" in cli.run("show", "cli-unverified").stdout
-    assert " have no live version: `prefixserve show TASK`" in cli.run("list").stdout
+    assert " have no live version: `prefixserve show TASK`" in cli.run("list").stderr
     assert "--accept-base" in cli.refused("activate", "cli-unverified", "1")
     assert cli.json("activate", "cli-unverified", "1", "--accept-base")["active"] == 1
     text = cli.run("show", "cli-unverified").stdout
