@@ -322,6 +322,8 @@ def _record_base(draft: Draft, before: Version | None, after: Version) -> None:
 def _with_base(draft: Draft, task: Task, number: int, accept_base: bool, base_fingerprint: str | None) -> Task:
     """The task with a version that may go live. Raises BaseMismatchError, UnverifiedBaseError."""
     before = after = task.find(str(number))
+    if base_fingerprint is not None and isinstance(after.content, Ensemble):
+        raise InvalidChangeError("base_fingerprint is of a file's base model; an ensemble's members have theirs")
     if base_fingerprint == after.fingerprint:
         after = replace(after, base="verified")
     elif accept_base and not after.may_go_live:

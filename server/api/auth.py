@@ -27,7 +27,7 @@ from prefix_store.tenants import (
     is_key,
     key_digest,
 )
-from server.api.errors import RequestError
+from server.api.errors import RequestError, own_path
 from server.api.pages import PAGES
 
 PUBLIC = ("/healthz", "/health", "/readyz", *PAGES)
@@ -221,7 +221,7 @@ async def check_again(request: Request) -> None:
     needed = needed_scope(request.method, request.scope["route"].path, otherwise="operator")
     if needed is not None:
         caller = request.app.state.prefixserve.keys.caller(request.headers.get("authorization"))
-        caller.check_route(needed, request.method, request.scope["path"])
+        caller.check_route(needed, request.method, own_path(request))
         request.state.caller = caller
 
 

@@ -11,6 +11,7 @@ from prefix_store.bounded_json import shown
 from server.api.wire import MAX_PROMPTS, Name, Text, WireModel, refuse, wrong_field
 
 MAX_TOOL_CALLS = 128
+MAX_NESTING = 64  # of a call's arguments, which several steps go through by recursion
 ASSISTANTS = ("role", "content", "name", "refusal", "tool_calls", "function_call", "audio")
 
 
@@ -32,10 +33,13 @@ class FunctionCall(WireModel):
     def _is_object(cls, arguments: str) -> str:
         try:
             found = json.loads(arguments)
+            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # as a template may write it
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             raise wrong_field("", f"must be a JSON object as text, got {shown(arguments)}")
+        if _nests_beyond(found, MAX_NESTING):
+            raise wrong_field("", f"must nest <= {MAX_NESTING} deep, got {shown(arguments)}")
         return arguments
 
 
@@ -73,7 +77,7 @@ class ChatMessage(WireModel):
         if not isinstance(values, dict):
             return values
         if values.get("role") == "assistant":
-            return refuse(_of_assistant(values), {"function_call": (), "audio": ()})
+            return refuse(_of_assistant(values), {"function_call": ({},), "audio": ({},)})
         of_assistants: dict[str, tuple[Any, ...]] = {
             "refusal": (),
             "tool_calls": ([],),
@@ -99,6 +103,13 @@ class ChatMessage(WireModel):
         if self.tool_calls:
             made["tool_calls"] = [call.as_template_input() for call in self.tool_calls]
         return made | {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
+
+
+def _nests_beyond(value: Any, most: int) -> bool:
+    """Whether lists and objects stand within each other more than `most` deep."""
+    if not isinstance(value, dict | list):
+        return False
+    return not most or any(_nests_beyond(e, most - 1) for e in (value.values() if isinstance(value, dict) else value))
 
 
 def _of_assistant(values: dict[str, Any]) -> dict[str, Any]:

@@ -172,6 +172,9 @@ def install(app: FastAPI) -> None:
         if getattr(error, "detail", ""):
             reason = store_errors.in_full(error)
             log.warning("refused", status=status_of(error), path=own_path(request), reason=reason)
+        if isinstance(error, store_errors.ForeignFilesError):  # it names places, which are for operators
+            log.warning("refused", status=status_of(error), path=own_path(request), reason=str(error))
+            error = store_errors.UnavailableError("the files belong to another registry")
         if isinstance(error, store_errors.MemberError):
             error = error.seen_by(request.state.caller.allows_task)
         return refusal(own_path(request), error)

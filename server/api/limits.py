@@ -53,8 +53,9 @@ class Refused:
         if self.amount > self.limit:
             what = f"{self.amount} {bucket} at once are more than this tenant's {self.limit} a minute"
             return RequestError(429, f"{what}; it cannot be served", headers=headers | NO_RETRY)
-        text = f"this tenant may have {self.limit} {bucket} a minute; wait {self.wait_s:.1f} s"
-        return RequestError(429, text, headers=headers | {"Retry-After": str(max(1, math.ceil(self.wait_s)))})
+        wait_s = min(self.wait_s, MINUTE_S)  # without end where replicas share the limit out: until they are one again
+        text = f"this tenant may have {self.limit} {bucket} a minute; wait {wait_s:.1f} s"
+        return RequestError(429, text, headers=headers | {"Retry-After": str(max(1, math.ceil(wait_s)))})
 
 
 class RateLimits:

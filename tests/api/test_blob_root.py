@@ -93,6 +93,16 @@ def test_root_of_an_earlier_version_goes_on(model_path: Path, tmp_path: Path) ->
     assert mark.exists()
 
 
+def test_callers_are_not_told_where_files_of_another_registry_are(model_path: Path, tmp_path: Path) -> None:
+    with serving(settings_for(tmp_path / "data"), model_path) as served:
+        (tmp_path / "data" / "blobs" / "REGISTRY").write_text("another")
+        with capture_logs() as lines:
+            refused = served.put("t", native(1))
+    assert (refused.status_code, str(tmp_path) in refused.text) == (503, False)
+    assert "another registry" in refused.json()["detail"]
+    assert any(str(tmp_path) in line.get("reason", "") for line in lines)
+
+
 def test_operator_gives_the_files_to_another_registry(model_path: Path, tmp_path: Path) -> None:
     root = tmp_path / "blobs"
     with serving(settings_for(tmp_path / "data", blob_url=str(root)), model_path) as served:

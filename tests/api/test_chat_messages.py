@@ -85,7 +85,10 @@ def test_what_an_assistants_message_carries_beside_its_text_changes_nothing(
     assert answered(carried) == answered(plain)
 
 
-@pytest.mark.parametrize("empty", [{}, {"content": None}, {"content": ""}, {"content": []}, NULLS])
+EMPTY = ({}, {"content": None}, {"content": ""}, {"content": []}, NULLS, {"function_call": {}, "audio": {}})
+
+
+@pytest.mark.parametrize("empty", EMPTY)
 def test_an_assistant_may_have_said_nothing(served: Served, empty: dict[str, Any]) -> None:
     plain = chat(served, messages=[USER, {"role": "assistant", "content": ""}, AGAIN])
     assert answered(chat(served, messages=[USER, {"role": "assistant"} | empty, AGAIN])) == answered(plain)
@@ -130,6 +133,23 @@ def test_tool_calls_are_written_by_a_template_that_knows_them(with_tools: Served
     streamed = CALL | {"index": 0, "unknown": None}
     again = [USER, {"role": "assistant", "content": "", "tool_calls": [streamed]}, RESULT]
     assert answered(chat(with_tools, messages=again)) == answered(chat(with_tools, messages=calls))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        r'{"x": "\ud800"}',
+        r'{"\udfff": 1}',
+        '{"x": NaN}',
+        '{"x": 1e999}',
+        '{"x": ' * 500 + "1" + "}" * 500,
+        '{"x": ' + "[" * 700 + "]" * 700 + "}",
+    ],
+)
+def test_arguments_that_no_template_can_write_are_refused_by_name(with_tools: Served, arguments: str) -> None:
+    call = CALL | {"function": {"name": "f", "arguments": arguments}}
+    error = refusal(chat(with_tools, messages=[USER, {"role": "assistant", "tool_calls": [call]}, RESULT]))
+    assert error["param"] == "messages[1].tool_calls[0].function.arguments"
 
 
 def test_tool_calls_that_the_template_passes_over_are_refused(served: Served, without_roles: Served) -> None:

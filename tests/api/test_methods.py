@@ -12,7 +12,18 @@ import pytest
 from server.config import Settings
 from server.model_files import ModelFiles
 from server.start import make_state
-from tests.conftest import NAME, NATIVE, OPERATOR_KEY, Served, bearer, native, serve_in_thread, settings_for, write_key
+from tests.conftest import (
+    NAME,
+    NATIVE,
+    OPERATOR_KEY,
+    Served,
+    bearer,
+    make_tenant,
+    native,
+    serve_in_thread,
+    settings_for,
+    write_key,
+)
 from tests.raw_http import ask
 
 PAGE = "https://app.example"
@@ -32,6 +43,15 @@ def prefixed(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     write_key(folder / "key", OPERATOR_KEY)
     more = {"root_path": "/team/llm/", "cors_allow_origin": (PAGE,), "operator_key_file": folder / "key"}
     yield from serving(model_path, folder / "data", **more)
+
+
+def test_a_key_behind_a_prefix_ends_itself(prefixed: Served) -> None:
+    operator = prefixed.as_key(OPERATOR_KEY)
+    make_tenant(operator, "house")
+    for path in ("/team/llm", ""):
+        made = operator.http.post("/v1/tenants/house/keys", json={"scopes": ["generate"]}).json()
+        own = prefixed.as_key(made["key"]).http.delete(f"{path}/v1/tenants/house/keys/{made['id']}")
+        assert own.status_code == 204, own.text
 
 
 @pytest.fixture(scope="module")

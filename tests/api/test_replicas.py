@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from prefix_store.mirror import Mirror
 from server.engine import recent_failures
 from server.model_files import ModelFiles
 from server.start import make_state, open_registry, publish_examples
@@ -121,6 +122,22 @@ def test_without_redis_known_tasks_answer_and_uploads_wait(
             eventually(lambda: one.http.get("/readyz").json()["registry"] == "ok")
             assert one.put("t", native(2)).status_code == 201
             eventually(lambda: version(other, "t") == "2")
+
+
+def test_a_request_beyond_a_replicas_part_of_the_limit_is_to_wait(
+    redis: RedisProcess, replicas: tuple[Served, Served]
+) -> None:
+    one, _ = replicas
+    tenant = make_tenant(one, "limited", tokens_per_minute=100)
+    mirror = one.state.registry
+    assert isinstance(mirror, Mirror)
+    mirror._next_beat_s = 0.0
+    eventually(lambda: mirror._num_replicas == 2)
+    redis.kill()
+    eventually(lambda: mirror.is_degraded)
+    refused = tenant.generate("a", max_new_tokens=80)
+    assert (refused.status_code, refused.headers.get("Retry-After")) == (429, "60")
+    assert tenant.generate("a", max_new_tokens=20).status_code == 200
 
 
 def test_known_tasks_answer_while_changes_wait_for_a_hanging_redis(

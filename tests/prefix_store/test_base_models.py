@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from prefix_store.documents import read_task, write_task
-from prefix_store.errors import BaseMismatchError, UnverifiedBaseError
+from prefix_store.errors import BaseMismatchError, InvalidChangeError, UnverifiedBaseError
 from prefix_store.registry import Registry
 from prefix_store.store import PrefixStore
 from prefix_store.task_changes import Published
@@ -188,3 +188,18 @@ def test_versions_that_a_release_before_made_live_stay_so(registry: Registry, st
     assert store.activate(OURS, "t", "previous").active == 1
     with pytest.raises(UnverifiedBaseError):
         store.activate(OURS, "t", "3")
+
+
+def test_a_fingerprint_verifies_a_file_and_no_ensemble(store: PrefixStore) -> None:
+    publish_named(store, "good", 1)
+    publish(store, "bad", 2)
+    ensemble(store, "both", "good", "bad@1")
+    for change in (
+        lambda: store.activate(OURS, "both", "1", base_fingerprint=SHAPE.fingerprint),
+        lambda: store.set_weights(OURS, "both", {"1": 1}, base_fingerprint=SHAPE.fingerprint),
+    ):
+        with pytest.raises(InvalidChangeError, match="an ensemble's members have theirs"):
+            change()
+    assert store.get_task(OURS, "both").active is None
+    store.activate(OURS, "bad", "1", base_fingerprint=SHAPE.fingerprint)
+    assert store.activate(OURS, "both", "1").active == 1
