@@ -69,6 +69,8 @@ def sweep(registry: Registry, blobs: Blobs, rules: SweepRules) -> Swept:
 
 
 def _reason(registry: Registry, num_unused: int, num_stored: int, max_share: float) -> str:
+    if registry.is_degraded:
+        return "the shared registry is away"
     if num_unused and not registry.revisions():
         return "the registry has never had a task"
     if num_unused > max_share * num_stored:

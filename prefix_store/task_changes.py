@@ -325,7 +325,7 @@ def _with_base(draft: Draft, task: Task, number: int, accept_base: bool, base_fi
     if base_fingerprint is not None and isinstance(after.content, Ensemble):
         raise InvalidChangeError("base_fingerprint is of a file's base model; an ensemble's members have theirs")
     if base_fingerprint == after.fingerprint:
-        after = replace(after, base="verified")
+        after = after if after.base == "mismatch" else replace(after, base="verified")  # its file says otherwise
     elif accept_base and not after.may_go_live:
         base = UNVERIFIED if base_fingerprint is None else "mismatch"
         after = replace(after, base=base, is_base_accepted=True)

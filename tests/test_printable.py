@@ -17,7 +17,7 @@ from prefix_store.errors import InvalidTenantError
 from prefix_store.printable import escaped, first_unprintable
 from prefix_store.tenants import new_key
 from server.cli import app
-from server.start import _set_up_logs
+from server.logs import set_up_logs
 from tests.conftest import NATIVE, Served, native
 
 NASTY = {
@@ -135,7 +135,7 @@ class TestShown:
     def test_logs_are_escaped(self, capsys: pytest.CaptureFixture[str]) -> None:
         before = structlog.get_config()
         try:
-            _set_up_logs(log_json=False)
+            set_up_logs(log_json=False)
             try:
                 raise ValueError("\x1b[2J")
             except ValueError:
