@@ -67,7 +67,8 @@ def upload(options: list[str], prefix: str) -> None:
     with start(options) as http:
         assert http is not None
         for number in range(NUM_VERSIONS):
-            http.put(f"/v1/prefixes/{prefix}{number}", content=native(number), headers=OCTETS).raise_for_status()
+            target = f"/v1/prefixes/{prefix}{number}?accept_base=1"
+            http.put(target, content=native(number), headers=OCTETS).raise_for_status()
 
 
 def num_files(root: str) -> int:
