@@ -54,7 +54,7 @@ def busy(num_processes: int) -> Iterator[None]:
 
 
 def in_thread(function: Callable[[], float]) -> float:
-    """What `function` returns in a new thread, whose OpenMP threads end with the thread: two pools do not spin."""
+    """Call `function` in a new thread and return its result. The OpenMP threads end with that thread."""
     found: list[float] = []
     thread = threading.Thread(target=lambda: found.append(function()))
     thread.start()

@@ -153,7 +153,7 @@ def programs(package: str | None) -> Path:
 
 
 def run(client: StockClient, place: Place) -> str | None:
-    """What went wrong, if anything did."""
+    """The failure that the client met or told of; None: no request failed."""
     print(f"\n== {client.name} ({client.package or 'this environment'})", flush=True)
     program, *arguments = client.command(place)
     environment = os.environ | (OFFLINE if client.is_offline else {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,6 +104,17 @@ def serve_in_thread(state: AppState) -> Iterator[Served]:
         server.should_exit = True
         thread.join()
         state.store.close()
+
+
+@contextmanager
+def serving(settings: Settings, model_path: Path) -> Iterator[Served]:
+    """A server of the tiny model for a while."""
+    server = serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))
+    try:
+        yield next(server)
+    finally:
+        with pytest.raises(StopIteration):
+            next(server)
 
 
 @pytest.fixture(scope="session")

@@ -102,13 +102,15 @@ def with_huggingface_hub_streaming(url: str, model: str) -> list[str]:
     return texts
 
 
+def langchain(http: httpx.Client, url: str, model: str) -> ChatOpenAI:
+    return ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, temperature=0, max_tokens=6, http_client=http)
+
+
 def with_langchain(url: str, model: str) -> list[str]:
     messages: list[BaseMessage] = [SystemMessage(SYSTEM)]
     texts = []
     with httpx.Client() as http:
-        client = ChatOpenAI(
-            base_url=f"{url}/v1", api_key="none", model=model, temperature=0, max_tokens=6, http_client=http
-        )
+        client = langchain(http, url, model)
         for text in TURNS:
             messages.append(HumanMessage(text))
             answer = client.invoke(messages)
@@ -121,9 +123,7 @@ def with_langchain_streaming(url: str, model: str) -> list[str]:
     messages: list[BaseMessage] = [SystemMessage(SYSTEM)]
     texts = []
     with httpx.Client() as http:
-        client = ChatOpenAI(
-            base_url=f"{url}/v1", api_key="none", model=model, temperature=0, max_tokens=6, http_client=http
-        )
+        client = langchain(http, url, model)
         for text in TURNS:
             messages.append(HumanMessage(text))
             first, *others = client.stream(messages)

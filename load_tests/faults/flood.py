@@ -30,7 +30,7 @@ def prompt(num_characters: int) -> bytes:
 
 
 def letters(num_characters: int) -> bytes:
-    """Of a text whose tokens are short."""
+    """A body with a prompt whose tokens are short."""
     text = "".join(chr(97 + i * i % 23) for i in range(1000)) * (num_characters // 1000 + 1)
     return json.dumps({"inputs": text[:num_characters], "parameters": {"max_new_tokens": 1}}).encode()
 

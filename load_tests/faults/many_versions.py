@@ -1,4 +1,4 @@
-"""What an upload, a flip and a look-up cost as a task's versions grow.
+"""The cost of an upload, a flip and a look-up as a task's versions grow.
 
     PYTHONPATH=load_tests python -m faults.many_versions [--versions 800]
 

@@ -88,7 +88,7 @@ def hold(port: int, sent: bytes) -> None:
 
 
 def storms(loud: str, limited: str, unknown: str) -> dict[str, Callable[[int], None]]:
-    """By name, what one thread does again and again."""
+    """The kinds of storms by name; each function is what one thread does again and again."""
 
     def generate(key: str) -> bytes:
         return request("POST", "/generate", f"{JSON}Authorization: Bearer {key}\r\n", json.dumps(GENERATE).encode())
@@ -190,7 +190,7 @@ def measure(server: Keyed, kind: str, keys: tuple[str, str, str], quiet: str, se
 
 
 def refusals_per_s(port: int, key: str, status: int, seconds: float) -> float:
-    """Of callers that keep their connection and wait for each answer."""
+    """Refusals a second, from callers that keep their connection and wait for each answer."""
     sent = request("POST", "/generate", f"{JSON}Authorization: Bearer {key}\r\n", json.dumps(GENERATE).encode())
     counts = [0] * NUM_REFUSED_THREADS
     end_s = time.perf_counter() + seconds

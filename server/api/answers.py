@@ -119,16 +119,13 @@ async def admit_rows(
         bill.watch(stream)
         return stream
 
-    async def admit_all() -> None:
+    try:
         for one, poll in zip(params, rows.polls, strict=True):
             if target.rule != "vote":
                 poll.append(await admit(one, target.members))
                 continue
             for i, member in enumerate(target.members):
                 poll.append(await admit(_voter(one, i), (member,)))
-
-    try:
-        await while_connected(request, admit_all())
     except BaseException:
         rows.abort()
         raise

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -57,7 +58,7 @@ class LimitedServer:
         return found
 
 
-class Disk:
+class Disk(ABC):
     """A folder that can be full, or read only. `max_file_bytes`: what a process started now may write."""
 
     kind = ""
@@ -67,19 +68,21 @@ class Disk:
         self.max_file_bytes = UNLIMITED
         path.mkdir()
 
+    @abstractmethod
     def fill(self, server: LimitedServer | None = None) -> None:
-        """Also for a server that runs."""
-        raise NotImplementedError
+        """Leave no room on it, also for a server that runs."""
 
+    @abstractmethod
     def free(self, server: LimitedServer | None = None) -> None:
-        raise NotImplementedError
+        """Give the room back."""
 
+    @abstractmethod
     def set_read_only(self, is_read_only: bool) -> None:
-        """Only while nothing on it is open to be written."""
-        raise NotImplementedError
+        """Let nothing be written, or again; only while nothing on it is open to be written."""
 
+    @abstractmethod
     def close(self) -> None:
-        pass
+        """Unmount what was mounted."""
 
 
 class MountedDisk(Disk):
@@ -113,6 +116,9 @@ class ProcessLimits(Disk):
 
     def fill(self, server: LimitedServer | None = None) -> None:
         self._limit(0, server)
+
+    def close(self) -> None:
+        """Nothing was mounted."""
 
     def free(self, server: LimitedServer | None = None) -> None:
         self._limit(UNLIMITED, server)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,7 @@ from typer.testing import CliRunner
 from prefix_store.blobs import Blobs
 from prefix_store.sqlite_registry import SqliteRegistry
 from server.cli import app
-from server.config import Settings
-from server.model_files import ModelFiles
-from server.start import make_state
-from tests.conftest import NAME, Served, native, serve_in_thread, settings_for
+from tests.conftest import native, serving, settings_for
 from tests.prefix_store.redis_process import RedisProcess
 
 PROMPT = "A fine film."
@@ -30,16 +26,6 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
     process.start()
     yield process
     process.kill()
-
-
-@contextmanager
-def serving(settings: Settings, model_path: Path) -> Iterator[Served]:
-    server = serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))
-    try:
-        yield next(server)
-    finally:
-        with pytest.raises(StopIteration):
-            next(server)
 
 
 def run(*words: str) -> tuple[int, str]:

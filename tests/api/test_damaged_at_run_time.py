@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,23 +12,10 @@ from typer.testing import CliRunner
 from prefix_store.sqlite_registry import SqliteRegistry
 from server.api import upkeep
 from server.cli import app
-from server.config import Settings
-from server.model_files import ModelFiles
-from server.start import make_state
-from tests.conftest import NAME, Served, native, serve_in_thread, settings_for
+from tests.conftest import native, serving, settings_for
 
 PAGE = 4096
 PROMPT = "A fine film."
-
-
-@contextmanager
-def serving(settings: Settings, model_path: Path) -> Iterator[Served]:
-    server = serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))
-    try:
-        yield next(server)
-    finally:
-        with pytest.raises(StopIteration):
-            next(server)
 
 
 def spoil(path: Path, table: str | None = None) -> None:

@@ -12,10 +12,9 @@ from structlog.testing import capture_logs
 
 from prefix_store.mirror import Mirror
 from server.engine import recent_failures
-from server.model_files import ModelFiles
-from server.start import make_state, open_registry, publish_examples
+from server.start import open_registry, publish_examples
 from tests.byte_model import save_prompt
-from tests.conftest import NAME, OPERATOR_KEY, Served, make_tenant, native, serve_in_thread, settings_for, write_key
+from tests.conftest import OPERATOR_KEY, Served, make_tenant, native, serving, settings_for, write_key
 from tests.prefix_store.redis_process import RedisProcess
 from tests.waiting import eventually
 
@@ -33,12 +32,8 @@ def replica(folder: Path, redis_url: str, model_path: Path, name: str) -> Iterat
         blob_url=str(folder / "blobs"),
         max_requests_per_key=128,
     )
-    serving = serve_in_thread(make_state(settings, ModelFiles(model_path, NAME)))
-    try:
-        yield next(serving).as_key(OPERATOR_KEY)
-    finally:
-        with pytest.raises(StopIteration):
-            next(serving)
+    with serving(settings, model_path) as served:
+        yield served.as_key(OPERATOR_KEY)
 
 
 @pytest.fixture
